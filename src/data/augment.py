@@ -1,0 +1,289 @@
+"""Training augmentation of whole uint8 batches, at the stored resolution and on any device.
+
+Every ingredient comes in two halves: `draw_*` draws one set of parameters per sample from a CPU
+generator (so they are the same whatever the device), and a pure function applies them to the batch
+without a loop over samples and without reading anything back from the device. Distributions, defaults
+and pixels are those of torchvision's transforms (v2) of the same names.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+
+import torch
+import torch.nn.functional as nn_functional
+from torch import Tensor
+from torchvision.transforms.v2 import functional as F
+
+from src.config import AugmentConfig
+
+CROP_RATIO = (3 / 4, 4 / 3)
+ERASE_SCALE = (0.02, 0.33)
+ERASE_RATIO = (0.3, 3.3)
+TRIES = 10  # torchvision draws a box up to ten times, then gives up
+BINS = 31
+
+
+def augment(
+    images_BCHW: Tensor, config: AugmentConfig, generator: torch.Generator, fill: Sequence[int]
+) -> Tensor:
+    """Crop, flip, RandAugment and erase, each sample with its own draws.
+
+    `images_BCHW`: uint8, 1 or 3 channels, any device. `generator`: on the CPU. `fill`: C levels, the colour
+    of erased rectangles; the mean colour of the weights' preprocessing is 0 after normalisation.
+    Returns uint8 (B,C,H,W) on the same device; the input is not modified, and is itself the result if
+    nothing is switched on.
+    """
+    images = images_BCHW
+    assert images.dtype == torch.uint8 and images.ndim == 4 and len(fill) == images.shape[1]
+    n_images, _, height, width = images.shape
+    if config.crop_scale != (1.0, 1.0):
+        boxes = draw_crops(n_images, height, width, config.crop_scale, generator)
+        images = resized_crop(images, boxes)
+    if config.crop_padding > 0:
+        shifts = torch.randint(2 * config.crop_padding + 1, (n_images, 2), generator=generator)
+        images = shift(images, shifts - config.crop_padding)
+    if config.flip > 0:
+        images = flip(images, torch.rand(n_images, generator=generator) < config.flip)
+    for _ in range(config.randaugment_ops):
+        images = rand_augment(images, draw_codes(n_images, generator), config.randaugment_magnitude)
+    if config.erasing > 0:
+        boxes = draw_erasures(n_images, height, width, config.erasing, generator)
+        images = erase(images, boxes, fill)
+    return images
+
+
+# Crops and flips -----------------------------------------------------------------------------------
+
+
+def draw_crops(
+    n_images: int, height: int, width: int, scale: tuple[float, float], generator: torch.Generator
+) -> Tensor:
+    """Boxes (B,4) int64 of top, left, height, width, as `RandomResizedCrop` draws them."""
+    area, ratio = _draw_areas(n_images, height * width, scale, CROP_RATIO, generator)
+    widths, heights = (area * ratio).sqrt().round(), (area / ratio).sqrt().round()
+    fits = (widths >= 1) & (widths <= width) & (heights >= 1) & (heights <= height)
+    central = (
+        min(height, round(width / CROP_RATIO[0])),
+        min(width, round(height * CROP_RATIO[1])),
+    )
+    size, found = _first_fit(heights, widths, fits, central)
+    room = torch.tensor([height, width]) - size
+    corner = torch.where(found[:, None], _draw_corners(room, generator), room // 2)
+    return torch.cat([corner, size], dim=1)
+
+
+def resized_crop(images_BCHW: Tensor, boxes_B4: Tensor) -> Tensor:
+    """Each sample's box, stretched to the whole image: bilinear, no antialias, within one level."""
+    boxes = _to(boxes_B4.float(), images_BCHW.device)
+    top, left, box_height, box_width = boxes.unbind(1)
+    grid_y = _box_coordinates(top, box_height, images_BCHW.shape[2])
+    grid_x = _box_coordinates(left, box_width, images_BCHW.shape[3])
+    size = (len(boxes), grid_y.shape[1], grid_x.shape[1])
+    grid_BHW2 = torch.stack([grid_x[:, None, :].expand(size), grid_y[:, :, None].expand(size)], dim=-1)
+    sampled = nn_functional.grid_sample(images_BCHW.float(), grid_BHW2, align_corners=False)
+    return sampled.round_().clamp_(0, 255).to(torch.uint8)
+
+
+def shift(images_BCHW: Tensor, offsets_B2: Tensor) -> Tensor:
+    """Each sample's window moved by (down, right) pixels; outside, the image is reflected at its edge.
+
+    With offsets in [-p, p] this is a random crop of the image padded by p.
+    """
+    offsets = _to(offsets_B2, images_BCHW.device)
+    rows, columns = (
+        _reflect(offsets[:, axis, None] + torch.arange(length, device=offsets.device), length)
+        for axis, length in enumerate(images_BCHW.shape[2:])
+    )
+    source = rows[:, :, None] * images_BCHW.shape[3] + columns[:, None, :]
+    return _gather(images_BCHW, source.flatten(1))
+
+
+def flip(images_BCHW: Tensor, chosen_B: Tensor) -> Tensor:
+    """Mirror left and right where `chosen_B` (bool, on the CPU)."""
+    chosen = chosen_B.nonzero().flatten()  # on the CPU, so that no device is waited for
+    chosen = _to(chosen, images_BCHW.device)
+    return images_BCHW.index_copy(0, chosen, images_BCHW[chosen].flip(-1))
+
+
+# RandAugment (Cubuk et al. 2020) -------------------------------------------------------------------
+
+Op = Callable[[Tensor, float], Tensor]
+
+
+def _affine(images: Tensor, angle: float = 0.0, translate=(0, 0), shear=(0.0, 0.0), center=None) -> Tensor:
+    return F.affine(images, angle, list(translate), 1.0, list(shear), center=center)
+
+
+def _shear_degrees(magnitude: float) -> float:
+    return math.degrees(math.atan(magnitude))
+
+
+# The ops that move pixels come first: what they do does not depend on the pixels' values.
+MOVES: dict[str, Op] = {
+    "ShearX": lambda images, m: _affine(images, shear=(_shear_degrees(m), 0.0), center=[0, 0]),
+    "ShearY": lambda images, m: _affine(images, shear=(0.0, _shear_degrees(m)), center=[0, 0]),
+    "TranslateX": lambda images, m: _affine(images, translate=(int(m), 0)),
+    "TranslateY": lambda images, m: _affine(images, translate=(0, int(m))),
+    "Rotate": lambda images, m: F.rotate(images, m),
+}
+OPS: dict[str, Op] = MOVES | {
+    "Brightness": lambda images, m: F.adjust_brightness(images, 1.0 + m),
+    "Color": lambda images, m: F.adjust_saturation(images, 1.0 + m),
+    "Contrast": lambda images, m: F.adjust_contrast(images, 1.0 + m),
+    "Sharpness": lambda images, m: F.adjust_sharpness(images, 1.0 + m),
+    "Posterize": lambda images, m: F.posterize(images, int(m)),
+    "Solarize": lambda images, m: F.solarize(images, m),
+    "AutoContrast": lambda images, m: F.autocontrast(images),
+    "Equalize": lambda images, m: F.equalize(images),
+    "Identity": lambda images, m: images,
+}
+SIGNED = (*MOVES, "Brightness", "Color", "Contrast", "Sharpness")
+
+
+def signed_magnitude(op: str, negative: bool, magnitude: int, height: int, width: int) -> float:
+    """What `op` is called with at bin `magnitude` of 31: torchvision's scales, in its float32."""
+    largest = {"ShearX": 0.3, "ShearY": 0.3, "Rotate": 30.0}
+    largest |= {"TranslateX": 150.0 / 331.0 * width, "TranslateY": 150.0 / 331.0 * height}
+    if op == "Posterize":
+        return 8 - round(magnitude / ((BINS - 1) / 4))
+    if op == "Solarize":
+        return 255 * torch.linspace(1.0, 0.0, BINS)[magnitude].item()
+    if op not in SIGNED:
+        return 0.0
+    value = torch.linspace(0.0, largest.get(op, 0.9), BINS)[magnitude].item()
+    return -value if negative else value
+
+
+def draw_codes(n_images: int, generator: torch.Generator) -> Tensor:
+    """One op and sign per sample: (B,) int64, twice the op's place in `OPS`, plus one where negative."""
+    codes = torch.randint(2 * len(OPS), (n_images,), generator=generator)
+    signed = torch.tensor([op in SIGNED for op in OPS])
+    return torch.where(signed[codes // 2], codes, codes // 2 * 2)  # one group for each unsigned op
+
+
+def rand_augment(images_BCHW: Tensor, codes_B: Tensor, magnitude: int) -> Tensor:
+    """Apply to each sample the op and sign of its code (`draw_codes`), one call for all that share it.
+
+    Nearest neighbour and black outside the image, as in torchvision: equal to it pixel by pixel.
+    """
+    height, width = images_BCHW.shape[2:]
+    codes, order = codes_B.sort()
+    counts = torch.bincount(codes, minlength=2 * len(OPS)).tolist()
+    n_moves = 2 * len(MOVES)
+    order = _to(order, images_BCHW.device)
+    moved, *groups = images_BCHW[order].split([sum(counts[:n_moves]), *counts[n_moves:]])
+    done = [_move(moved, codes[: len(moved)], magnitude)]
+    for code, group in enumerate(groups, start=n_moves):
+        if len(group):
+            op = tuple(OPS)[code // 2]
+            done.append(OPS[op](group, signed_magnitude(op, code % 2 == 1, magnitude, height, width)))
+    return torch.empty_like(images_BCHW).index_copy_(0, order, torch.cat(done))
+
+
+def _move(images_BCHW: Tensor, codes_B: Tensor, magnitude: int) -> Tensor:
+    """All moves of a batch in one gather."""
+    source = _move_sources(*images_BCHW.shape[2:], magnitude, images_BCHW.device)
+    source = source[_to(codes_B, images_BCHW.device)]
+    inside = (source >= 0).view(-1, 1, *images_BCHW.shape[2:])
+    return _gather(images_BCHW, source.clamp(min=0)) * inside
+
+
+@lru_cache(maxsize=8)
+def _move_sources(height: int, width: int, magnitude: int, device: torch.device) -> Tensor:
+    """(2 * len(MOVES), H*W): which pixel each move brings to each place, -1 for none.
+
+    The ops themselves find it out, by moving an image whose pixels are their own numbers (from 1, as what
+    comes from outside is 0). On the CPU, so that every device rounds alike.
+    """
+    numbers = torch.arange(1.0, height * width + 1).view(1, 1, height, width)
+    moved = [
+        move(numbers, signed_magnitude(op, negative, magnitude, height, width))
+        for op, move in MOVES.items()
+        for negative in (False, True)
+    ]
+    return _to(torch.cat(moved).flatten(1).long() - 1, device)
+
+
+# Random erasing (Zhong et al. 2020) ----------------------------------------------------------------
+
+
+def draw_erasures(n_images: int, height: int, width: int, p: float, generator: torch.Generator) -> Tensor:
+    """Boxes (B,4) int64 of top, left, height, width, as `RandomErasing` draws them; empty for none."""
+    chosen = torch.rand(n_images, generator=generator) < p
+    area, ratio = _draw_areas(n_images, height * width, ERASE_SCALE, ERASE_RATIO, generator)
+    heights, widths = (area * ratio).sqrt().round(), (area / ratio).sqrt().round()
+    size, _ = _first_fit(heights, widths, (heights < height) & (widths < width), (0, 0))
+    corner = _draw_corners(torch.tensor([height, width]) - size, generator)
+    return torch.cat([corner, size * chosen[:, None]], dim=1)
+
+
+def erase(images_BCHW: Tensor, boxes_B4: Tensor, fill: Sequence[int]) -> Tensor:
+    """Paint each sample's box in the colour `fill` (C levels)."""
+    top, left, box_height, box_width = _to(boxes_B4, images_BCHW.device)[:, :, None].unbind(1)
+    row = torch.arange(images_BCHW.shape[2], device=images_BCHW.device)
+    column = torch.arange(images_BCHW.shape[3], device=images_BCHW.device)
+    rows = (row >= top) & (row < top + box_height)
+    columns = (column >= left) & (column < left + box_width)
+    colour = _to(torch.tensor(fill, dtype=torch.uint8), images_BCHW.device).view(1, -1, 1, 1)
+    return torch.where(rows[:, None, :, None] & columns[:, None, None, :], colour, images_BCHW)
+
+
+# Shared --------------------------------------------------------------------------------------------
+
+
+def _to(tensor: Tensor, device: torch.device) -> Tensor:
+    """A small CPU tensor on `device`; pinned for CUDA, as a pageable copy waits for the queue to drain."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
+def _gather(images_BCHW: Tensor, source_BP: Tensor) -> Tensor:
+    """Pixel `source_BP[b, p]` of image b, for every place p = row * W + column."""
+    flat = images_BCHW.flatten(2)
+    return flat.gather(2, source_BP[:, None].expand_as(flat)).view(images_BCHW.shape)
+
+
+def _reflect(position: Tensor, length: int) -> Tensor:
+    """Positions beyond 0 .. length - 1 folded back, the edge pixel not repeated."""
+    last = length - 1
+    return last - (position % (2 * last) - last).abs()
+
+
+def _box_coordinates(start_B: Tensor, size_B: Tensor, length: int) -> Tensor:
+    """Where the `length` output pixels lie on one axis, in grid_sample's [-1, 1].
+
+    Held inside the box: its neighbours must not bleed in at the edges.
+    """
+    centre = (torch.arange(length, device=start_B.device) + 0.5) * (size_B[:, None] / length) - 0.5
+    pixel = start_B[:, None] + centre.clamp(min=0).minimum(size_B[:, None] - 1)
+    return (2 * pixel + 1) / length - 1
+
+
+def _draw_areas(
+    n_images: int,
+    whole: int,
+    scale: tuple[float, float],
+    ratio: tuple[float, float],
+    generator: torch.Generator,
+) -> tuple[Tensor, Tensor]:
+    """Areas in pixels, uniform, and aspect ratios, log-uniform: both (B, TRIES) float64."""
+    u, v = torch.rand(2, n_images, TRIES, generator=generator, dtype=torch.float64)
+    low, high = math.log(ratio[0]), math.log(ratio[1])
+    return whole * (scale[0] + u * (scale[1] - scale[0])), (low + v * (high - low)).exp()
+
+
+def _first_fit(
+    heights: Tensor, widths: Tensor, fits: Tensor, fallback: tuple[int, int]
+) -> tuple[Tensor, Tensor]:
+    """(B,2) int64: height and width of the first try that fits, or `fallback`; and (B,) whether one did."""
+    first = fits.byte().argmax(dim=1, keepdim=True)
+    found = fits.any(dim=1)
+    size = torch.cat([heights.gather(1, first), widths.gather(1, first)], dim=1).long()
+    return torch.where(found[:, None], size, torch.tensor(fallback)), found
+
+
+def _draw_corners(room_B2: Tensor, generator: torch.Generator) -> Tensor:
+    """(B,2) int64, uniform over 0 .. room inclusive."""
+    return (torch.rand(room_B2.shape, generator=generator, dtype=torch.float64) * (room_B2 + 1)).long()

@@ -1,0 +1,122 @@
+"""The epoch iterator: rows of the store -> device -> augmentation -> resize -> normalise.
+
+All randomness is derived from (seed, epoch, step), so an iterator holds no state: any step of any epoch
+can be made again alone. There are no worker processes; at these sizes tensors are faster.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms.v2 import functional as F
+
+from src.config import AugmentConfig
+from src.data.augment import augment
+
+Transform = Callable[[torch.Tensor, torch.Generator], torch.Tensor]
+# Share of the free device memory that the data may take to stay resident there.
+RESIDENT_SHARE = 0.4
+
+
+def derived_seed(*numbers: int) -> int:
+    """One 63-bit seed out of several small numbers, e.g. (run seed, epoch, step)."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
+@dataclass(frozen=True)
+class Preprocess:
+    """Stored uint8 images to what the weights were trained on: size, interpolation, mean and std.
+
+    The whole image is resized (no centre crop), antialiased as Pillow does it, rounded to uint8, then
+    normalised to float32 in channels-last memory.
+    """
+
+    size: int
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    interpolation: str
+
+    def __call__(self, images_BCHW: torch.Tensor) -> torch.Tensor:
+        """uint8 (B,3,S,S) -> float32 (B,3,size,size)."""
+        images_BCHW = images_BCHW.contiguous(memory_format=torch.channels_last)
+        if images_BCHW.shape[-2:] != (self.size, self.size):
+            mode = InterpolationMode(self.interpolation)
+            images_BCHW = F.resize(images_BCHW, [self.size, self.size], interpolation=mode, antialias=True)
+        mean, std = (
+            torch.tensor(values, device=images_BCHW.device).view(3, 1, 1) * 255 for values in (self.mean, self.std)
+        )
+        return images_BCHW.float().sub_(mean).div_(std).contiguous(memory_format=torch.channels_last)
+
+    @property
+    def fill(self) -> tuple[int, ...]:
+        """The mean colour, which normalises to zero: what erasing paints with."""
+        return tuple(round(255 * value) for value in self.mean)
+
+
+def training_transform(config: AugmentConfig, preprocess: Preprocess) -> Transform:
+    """Augmentation at the stored resolution, then `preprocess`."""
+
+    def transform(images_BCHW: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+        return preprocess(augment(images_BCHW, config, generator, preprocess.fill))
+
+    return transform
+
+
+def to_device(rows: np.ndarray, device: torch.device) -> np.ndarray | torch.Tensor:
+    """The whole array as a tensor on a CUDA device where it fits; else as it is (memory-mapped)."""
+    if device.type != "cuda" or rows.nbytes > RESIDENT_SHARE * torch.cuda.mem_get_info(device)[0]:
+        return rows
+    return torch.from_numpy(np.ascontiguousarray(rows)).to(device)
+
+
+@dataclass(frozen=True)
+class Batches:
+    """Batches of one split. `rows` is the store's images (N,3,S,S) or cached features, `index_M` the split.
+
+    Steps of an epoch differ in size by at most one, so no example is dropped and no batch is tiny.
+    """
+
+    rows: np.ndarray | torch.Tensor
+    labels_N: np.ndarray
+    index_M: np.ndarray
+    batch_size: int
+    device: torch.device
+    transform: Transform | None = None
+    preprocess: Preprocess | None = None
+
+    def __len__(self) -> int:
+        return -(-len(self.index_M) // self.batch_size)
+
+    @property
+    def n_examples(self) -> int:
+        """Examples an epoch sees."""
+        return len(self.index_M)
+
+    def epoch(self, seed: int, epoch: int, start: int = 0) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Shuffled, augmented (inputs, labels_B) of one epoch from step `start` on."""
+        order_M = np.random.default_rng([seed, epoch]).permutation(self.index_M)
+        for step, index_B in enumerate(np.array_split(order_M, len(self))):
+            if step < start:
+                continue
+            generator = torch.Generator().manual_seed(derived_seed(seed, epoch, step))
+            inputs, labels_B = self._take(index_B)
+            yield (self.transform(inputs, generator) if self.transform else self._prepare(inputs)), labels_B
+
+    def in_order(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """(inputs, labels_B) once through the split in its own order, never augmented."""
+        for index_B in np.array_split(self.index_M, len(self)):
+            inputs, labels_B = self._take(index_B)
+            yield self._prepare(inputs), labels_B
+
+    def _prepare(self, inputs: torch.Tensor) -> torch.Tensor:
+        return self.preprocess(inputs) if self.preprocess else inputs
+
+    def _take(self, index_B: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+        labels_B = torch.from_numpy(self.labels_N[index_B]).to(self.device)
+        if isinstance(self.rows, torch.Tensor):
+            return self.rows[torch.from_numpy(index_B).to(self.device)], labels_B
+        return torch.from_numpy(self.rows[index_B]).to(self.device), labels_B

@@ -1,0 +1,102 @@
+"""Fit, holdout and valid: who is trained on, chosen on and reported on.
+
+Everything is decided by pixels and labels, never by file names or row order, so that every layout of
+the same data gives the same splits in the same order.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from dataclasses import dataclass, field
+from itertools import groupby
+from pathlib import Path
+
+import numpy as np
+
+from src import SetupError
+from src.config import DataConfig
+from src.data.store import Store
+
+
+@dataclass(frozen=True)
+class Splits:
+    """Row indices into the store, int64, each sorted by (label, digest, image id).
+
+    `holdout`: fit and holdout divide the official train, valid is untouched until the end.
+    `published`: fit is all of train and holdout_N is valid_N, so choices are made on what is reported.
+    """
+
+    protocol: str
+    fit_N: np.ndarray = field(repr=False)
+    holdout_N: np.ndarray = field(repr=False)
+    valid_N: np.ndarray = field(repr=False)
+    seed: int
+    digests_N: np.ndarray = field(repr=False)
+
+    def save(self, path: Path) -> None:
+        """Write protocol, seed, counts and the images' digests as JSON, atomically."""
+        rows = {"fit": self.fit_N, "holdout": self.holdout_N, "valid": self.valid_N}
+        data = {
+            "protocol": self.protocol,
+            "split_seed": self.seed,
+            "counts": {name: len(rows_N) for name, rows_N in rows.items()},
+            **{name: [f"{d:016x}" for d in self.digests_N[rows_N].tolist()] for name, rows_N in rows.items()},
+        }
+        partial = Path(path).with_name(Path(path).name + ".partial")
+        with partial.open("w", encoding="utf-8") as file:
+            json.dump(data, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+
+
+def make_splits(store: Store, config: DataConfig) -> Splits:
+    """Divide the store by `config.protocol`, `holdout_per_class` and `split_seed`.
+
+    Raises `SetupError` for a class too small to hold images out, and where a split is empty.
+    """
+    train_N = _canonical(store, np.flatnonzero(store.official_split_N == "train"))
+    valid_N = _canonical(store, np.flatnonzero(store.official_split_N == "valid"))
+    if not len(train_N) or not len(valid_N):
+        raise SetupError(
+            f"{store.path.name}: {len(train_N)} train, {len(valid_N)} valid images; both are needed."
+        )
+    if config.protocol == "published":
+        fit_N, holdout_N = train_N, valid_N
+    else:
+        per_class = [
+            _hold_out(store, label, train_N[store.labels_N[train_N] == label], config)
+            for label in range(len(store.wnids))
+        ]
+        holdout_N = np.concatenate(per_class)
+        fit_N = train_N[~np.isin(train_N, holdout_N)]
+    return Splits(config.protocol, fit_N, holdout_N, valid_N, config.split_seed, store.digests_N)
+
+
+def _canonical(store: Store, rows_N: np.ndarray) -> np.ndarray:
+    order = np.lexsort((store.image_ids_N[rows_N], store.digests_N[rows_N], store.labels_N[rows_N]))
+    return rows_N[order].astype(np.int64)
+
+
+def _hold_out(store: Store, label: int, rows_N: np.ndarray, config: DataConfig) -> np.ndarray:
+    """`holdout_per_class` of the class's rows, by hashed (seed, digest); copies of an image stay together."""
+    wanted = config.holdout_per_class
+    name = f"class {store.wnids[label]} ({store.class_names[label]})"
+    remedy = f"Lower it with `--set data.holdout_per_class=N` (now {wanted}), or add images."
+    if len(rows_N) <= wanted:
+        n = len(rows_N)
+        raise SetupError(f"{name} has {n} train images; holding out {wanted} needs {wanted + 1}. {remedy}")
+
+    def rank(row: int) -> bytes:
+        return hashlib.sha256(f"{config.split_seed}:{store.digests_N[row]}".encode()).digest()
+
+    chosen: list[int] = []
+    for _, copies in groupby(sorted(rows_N.tolist(), key=rank), key=rank):
+        group = list(copies)
+        if len(chosen) + len(group) <= wanted:
+            chosen += group
+        if len(chosen) == wanted:
+            return _canonical(store, np.array(chosen))
+    raise SetupError(f"{name} has too many copies of the same image to hold out exactly {wanted}. {remedy}")

@@ -1,0 +1,104 @@
+"""The machine a run lands on: which device and precision, how many images fit, what to record of it."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import platform
+import resource
+import subprocess
+import sys
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+
+import torch
+
+# Bytes one image takes in training (forward, backward, 16-bit activations) of ConvNeXt-Tiny at 224 px,
+# with a margin; other sizes scale with the number of pixels.
+BYTES_PER_IMAGE_224 = 45e6
+CPU_MICRO_BATCH = 64  # larger ones fall out of the caches
+RECORDED_PACKAGES = ("torch", "torchvision", "timm", "accelerate", "numpy", "pillow", "scikit-learn")
+
+
+@dataclass(frozen=True)
+class Device:
+    """What was chosen: the torch device, Accelerate's precision name and the images per pass."""
+
+    torch_device: torch.device
+    precision: str
+    micro_batch: int
+    eval_batch: int
+    name: str
+
+
+def choose_device(image_size: int, batch_size: int) -> Device:
+    """CUDA where there is one (bf16 if the GPU computes it, else fp16 with scaling), else the CPU in fp32.
+
+    `micro_batch` images go through the model at once; gradients accumulate up to `batch_size`, so the
+    optimizer sees the same batch on every device.
+    """
+    if not torch.cuda.is_available():
+        return Device(torch.device("cpu"), "no", min(CPU_MICRO_BATCH, batch_size), 128, cpu_name())
+    properties = torch.cuda.get_device_properties(0)
+    # A T4 emulates bf16 slowly: emulation does not count.
+    native_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+    fitting = int(0.6 * properties.total_memory / (BYTES_PER_IMAGE_224 * (image_size / 224) ** 2))
+    micro_batch = max(8, min(batch_size, 2 ** (max(fitting, 1).bit_length() - 1)))
+    precision = "bf16" if native_bf16 else "fp16"
+    return Device(torch.device("cuda", 0), precision, micro_batch, 2 * micro_batch, properties.name)
+
+
+def cpu_name() -> str:
+    """Model name of the processor with the number of cores that this process may use."""
+    name = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        models = [line.split(":", 1)[1] for line in cpuinfo.read_text().splitlines() if "model name" in line]
+        name = models[0].strip() if models else name
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return f"{name} ({cores} CPU cores)"
+
+
+def peak_memory_gb(device: torch.device) -> float:
+    """Peak of the run so far: allocated CUDA memory, or this process's resident set, in 10⁹ bytes."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    unit = 1 if sys.platform == "darwin" else 1024  # getrusage counts bytes there, KiB elsewhere
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that can change a number."""
+    return {"python": platform.python_version(), **{name: metadata.version(name) for name in RECORDED_PACKAGES}}
+
+
+def git_commit() -> str:
+    """The checkout's commit, with `-dirty` where tracked sources differ; `unknown` outside a checkout."""
+    root = Path(__file__).resolve().parent.parent
+    try:
+        done = subprocess.run(
+            ["git", "describe", "--always", "--abbrev=12", "--exclude=*", "--dirty"],
+            cwd=root,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return done.stdout.strip()
+
+
+def keep_freed_memory() -> None:
+    """Make glibc keep large freed blocks instead of returning them to the kernel.
+
+    A CPU training step allocates the same activations again and again; with glibc's defaults each of
+    them is mapped, zeroed page by page and unmapped every time, a quarter of the step.
+    """
+    m_trim_threshold, m_mmap_threshold, largest = -1, -3, 2**31 - 1
+    try:
+        libc = ctypes.CDLL("libc.so.6")
+        libc.mallopt(m_mmap_threshold, 2**30)
+        libc.mallopt(m_trim_threshold, largest)
+    except (OSError, AttributeError):
+        return  # another C library: its defaults stay

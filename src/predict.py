@@ -1,0 +1,61 @@
+"""One pass over a split: logits for the report, or the features that a frozen backbone gives."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm.auto import tqdm
+
+from src.checkpoint import write_atomically, write_json
+from src.data.batches import Batches
+from src.device import Device
+
+
+def one_pass(
+    function: Callable[[torch.Tensor], torch.Tensor], batches: Batches, device: Device, label: str
+) -> np.ndarray:
+    """`function` over the batches in order -> float32 (N, ...). Put its model in eval mode first."""
+    outputs: list[np.ndarray] = []
+    bar = tqdm(total=batches.n_examples, desc=label, unit="img", unit_scale=True, leave=False, mininterval=0.5)
+    with torch.inference_mode(), autocast(device), bar:
+        for inputs, _ in batches.in_order():
+            outputs.append(function(inputs).float().cpu().numpy())
+            bar.update(len(inputs))
+    return np.concatenate(outputs)
+
+
+def autocast(device: Device) -> torch.autocast:
+    """The device's precision as a context: one place for training, prediction and feature extraction."""
+    dtype = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[device.precision]
+    return torch.autocast(device.torch_device.type, dtype, enabled=device.precision != "no")
+
+
+def cached_features(
+    function: Callable[[torch.Tensor], torch.Tensor], batches: Batches, device: Device, folder: Path, identity: dict
+) -> tuple[np.ndarray, float]:
+    """`one_pass` done once: the array, memory-mapped from `folder`, and the seconds that computing it took.
+
+    `identity` is all that the features depend on (weights, store, size, precision); its hash names the file.
+    """
+    key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
+    path = folder / f"{key}.npy"
+    note = path.with_suffix(".json")
+    if not note.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        started = time.perf_counter()
+        features = one_pass(function, batches, device, "features of the frozen backbone")
+        seconds = time.perf_counter() - started
+
+        def write(partial: Path) -> None:
+            with open(partial, "wb") as file:
+                np.save(file, features)
+
+        write_atomically(path, write)
+        write_json(note, {**identity, "shape": list(features.shape), "seconds": round(seconds, 1)})
+    return np.load(path, mmap_mode="c"), json.loads(note.read_text())["seconds"]

@@ -1,0 +1,234 @@
+"""`fit`: the one training loop of every arm, driven by Hugging Face Accelerate.
+
+It stops early, writes checkpoints and goes on from the newest one when the same run is started again. All
+randomness is derived from (seed, epoch, step), so a run that was cut off ends as an uninterrupted one.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import pandas as pd
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from tqdm.auto import tqdm
+
+from src import SetupError, checkpoint
+from src.config import Config
+from src.data.batches import Batches, derived_seed
+from src.device import Device
+from src.model.build import Classifier
+from src.optim import build_optimizer, lr_at, set_lr
+from src.predict import autocast, one_pass
+
+STEPS_BETWEEN_READS = 20  # the loss is read from the device this often, for the bar and the finite check
+DROPOUT_STREAM = 1  # tells the seeds of dropout apart from those of augmentation
+
+
+@dataclass(frozen=True)
+class FitData:
+    """What a run trains on and chooses on. `cached`: the inputs are features, not images."""
+
+    fit: Batches
+    holdout: Batches
+    cached: bool = False
+
+
+@dataclass
+class Progress:
+    """Where a run stands: all of it goes into the checkpoint. Sums are over the examples of this epoch."""
+
+    epoch: int = 0
+    step: int = 0
+    loss_sum: float = 0.0
+    n_correct: int = 0
+    n_seen: int = 0
+    epoch_seconds: float = 0.0
+    history: list[dict] = field(default_factory=list)
+    seconds: list[float] = field(default_factory=list)
+    best_epoch: int = 0
+    bad_epochs: int = 0
+
+    def history_frame(self) -> pd.DataFrame:
+        """One row an epoch, counted from 1: losses, accuracies (fractions) and the backbone's rate factor."""
+        return pd.DataFrame(self.history)
+
+
+class Trainer:
+    """A run in motion: model, optimizer and progress, with what it takes to save and restore them."""
+
+    def __init__(self, model: Classifier, data: FitData, config: Config, device: Device, folder: Path) -> None:
+        self.model, self.data, self.config, self.device, self.folder = model, data, config, device, folder
+        self.accelerator = Accelerator(mixed_precision=device.precision, cpu=device.torch_device.type == "cpu")
+        if self.accelerator.num_processes > 1:
+            raise SetupError("a run uses one process; start it without `accelerate launch --num_processes`.")
+        self.forward = model.classify if data.cached else model
+        self.optimizer = self.accelerator.prepare(build_optimizer(model.to(device.torch_device), config.optim))
+        self.progress = Progress()
+        self.best_state: dict[str, torch.Tensor] = {}
+        self.saved_at = time.monotonic()
+        payload = checkpoint.load_newest(folder)
+        if payload:
+            self.restore(payload)
+
+    def save(self) -> None:
+        """Write a checkpoint of this moment."""
+        payload = {
+            "progress": asdict(self.progress),
+            "model": self.model.learned_state(),
+            "best": self.best_state,
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.accelerator.scaler.state_dict() if self.accelerator.scaler else {},
+        }
+        step = self.progress.epoch * len(self.data.fit) + self.progress.step
+        checkpoint.save(self.folder, step, payload)
+        self.saved_at = time.monotonic()
+
+    def restore(self, payload: dict) -> None:
+        """Go back to the moment that a checkpoint holds."""
+        self.progress = Progress(**payload["progress"])
+        self.model.load_state_dict(payload["model"], strict=False)
+        self.best_state = payload["best"]
+        self.optimizer.load_state_dict(payload["optimizer"])
+        if self.accelerator.scaler:
+            self.accelerator.scaler.load_state_dict(payload["scaler"])
+        tqdm.write(f"resuming at epoch {self.progress.epoch + 1}, step {self.progress.step}")
+
+    @property
+    def finished(self) -> bool:
+        """True when all epochs are done or patience ran out."""
+        train, progress = self.config.train, self.progress
+        return progress.epoch >= train.epochs or progress.bad_epochs >= train.patience
+
+    def train_epoch(self) -> None:
+        """The rest of the current epoch, step by step; sums stay on the device between reads."""
+        train, progress, batches = self.config.train, self.progress, self.data.fit
+        started = time.perf_counter() - progress.epoch_seconds
+        sums = torch.tensor([progress.loss_sum, progress.n_correct], dtype=torch.float64).to(
+            self.device.torch_device, torch.float64
+        )
+        self.model.train()
+        bar = tqdm(
+            total=batches.n_examples,
+            initial=progress.n_seen,
+            desc=f"epoch {progress.epoch + 1}/{train.epochs}",
+            unit="img",
+            unit_scale=True,
+            leave=False,
+            mininterval=0.5,
+        )
+        with bar:
+            for inputs, labels_B in batches.epoch(train.seed, progress.epoch, progress.step):
+                sums += self.train_step(inputs, labels_B)
+                progress.step += 1
+                progress.n_seen += len(labels_B)
+                bar.update(len(labels_B))
+                if progress.step % STEPS_BETWEEN_READS == 0 or progress.step == len(batches):
+                    self.read(sums, time.perf_counter() - started)
+                    bar.set_postfix_str(f"loss {progress.loss_sum / progress.n_seen:.3f}")
+                    if time.monotonic() - self.saved_at > 60 * train.checkpoint_minutes:
+                        self.save()
+
+    def train_step(self, inputs: torch.Tensor, labels_B: torch.Tensor) -> torch.Tensor:
+        """One optimizer step, accumulated over micro-batches -> (loss sum, correct) on the device."""
+        optim, progress, n_steps = self.config.optim, self.progress, len(self.data.fit)
+        step = progress.epoch * n_steps + progress.step
+        set_lr(self.optimizer, lr_at(step, self.config.train.epochs * n_steps, optim))
+        torch.manual_seed(derived_seed(self.config.train.seed, progress.epoch, progress.step, DROPOUT_STREAM))
+        sums = torch.zeros(2, dtype=torch.float64, device=self.device.torch_device)
+        for x, y in zip(inputs.split(self.device.micro_batch), labels_B.split(self.device.micro_batch), strict=True):
+            with autocast(self.device):
+                logits_BK = self.forward(x).float()
+                loss_sum = F.cross_entropy(logits_BK, y, label_smoothing=optim.label_smoothing, reduction="sum")
+            self.accelerator.backward(loss_sum / len(labels_B))
+            sums += torch.stack([loss_sum.detach(), (logits_BK.detach().argmax(1) == y).sum()])
+        if optim.clip_norm:
+            self.accelerator.clip_grad_norm_(self.model.parameters(), optim.clip_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return sums
+
+    def read(self, sums: torch.Tensor, seconds: float) -> None:
+        """Bring the sums of the epoch so far to the host; refuse to go on with a loss that is not finite."""
+        progress = self.progress
+        loss_sum, n_correct = sums.tolist()
+        if not torch.isfinite(sums).all():
+            raise SetupError(
+                f"the loss is {loss_sum} at epoch {progress.epoch + 1}, step {progress.step}: the run stops. Try a "
+                "lower `optim.lr` or a positive `optim.clip_norm`; the last checkpoint is from before."
+            )
+        progress.loss_sum, progress.n_correct, progress.epoch_seconds = loss_sum, int(n_correct), seconds
+
+    def end_epoch(self) -> None:
+        """Score `holdout`, keep the best state, add the history row, save and print one line."""
+        train, progress = self.config.train, self.progress
+        started = time.perf_counter()
+        holdout_loss, holdout_accuracy = self.score_holdout()
+        progress.history.append(
+            {
+                "epoch": progress.epoch + 1,
+                "fit_loss": progress.loss_sum / progress.n_seen,
+                "fit_accuracy": progress.n_correct / progress.n_seen,
+                "holdout_loss": holdout_loss,
+                "holdout_accuracy": holdout_accuracy,
+                "lr_factor": lr_at(
+                    (progress.epoch + 1) * len(self.data.fit) - 1, train.epochs * len(self.data.fit), self.config.optim
+                ),
+            }
+        )
+        progress.seconds.append(progress.epoch_seconds + time.perf_counter() - started)
+        if progress.epoch + 1 == best_epoch(progress.history, train.monitor):
+            progress.best_epoch, progress.bad_epochs = progress.epoch + 1, 0
+            self.best_state = {name: value.cpu().clone() for name, value in self.model.learned_state().items()}
+        else:
+            progress.bad_epochs += 1
+        tqdm.write(epoch_line(progress, self.config))
+        progress.epoch += 1
+        progress.step = progress.n_seen = progress.n_correct = 0
+        progress.loss_sum = progress.epoch_seconds = 0.0
+        self.save()
+
+    def score_holdout(self) -> tuple[float, float]:
+        """(mean cross-entropy without smoothing, accuracy), both over rows."""
+        self.model.eval()
+        batches = self.data.holdout
+        logits_NK = torch.from_numpy(one_pass(self.forward, batches, self.device, "holdout")).double()
+        labels_N = torch.from_numpy(batches.labels_N[batches.index_M])
+        return F.cross_entropy(logits_NK, labels_N).item(), (logits_NK.argmax(1) == labels_N).double().mean().item()
+
+
+def fit(model: Classifier, data: FitData, config: Config, device: Device, folder: Path) -> Progress:
+    """Train `model` until patience or the epochs run out and leave it with its best epoch's weights.
+
+    Resumes from the newest whole checkpoint in `folder`. Raises `SetupError` if the loss stops being finite.
+    """
+    trainer = Trainer(model, data, config, device, folder)
+    while not trainer.finished:
+        trainer.train_epoch()
+        trainer.end_epoch()
+    model.load_state_dict(trainer.best_state, strict=False)
+    model.eval()
+    return trainer.progress
+
+
+def best_epoch(history: list[dict], monitor: str) -> int:
+    """The epoch (from 1) with the lowest held-out loss or the highest held-out accuracy; the first of equals."""
+    if monitor == "loss":
+        return min(history, key=lambda row: row["holdout_loss"])["epoch"]
+    return max(history, key=lambda row: row["holdout_accuracy"])["epoch"]
+
+
+def epoch_line(progress: Progress, config: Config) -> str:
+    """One line for the epoch that just ended."""
+    row = progress.history[-1]
+    chosen_on = "holdout" if config.data.protocol == "holdout" else "valid"
+    stopping = f"early stopping {progress.bad_epochs} of {config.train.patience}" if progress.bad_epochs else "best so far"
+    return (
+        f"epoch {row['epoch']:>3}/{config.train.epochs}"
+        f" | fit loss {row['fit_loss']:.4f} accuracy {row['fit_accuracy']:6.2%}"
+        f" | {chosen_on} loss {row['holdout_loss']:.4f} accuracy {row['holdout_accuracy']:6.2%}"
+        f" | {progress.seconds[-1]:.1f} s | {stopping}"
+    )

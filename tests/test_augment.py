@@ -1,0 +1,296 @@
+"""Augmentation: torchvision's pixels and distributions, sample by sample, from stateless draws."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from scipy import stats
+from torchvision import transforms
+from torchvision.transforms import autoaugment, v2
+from torchvision.transforms.v2 import functional as F
+
+from src.config import AugmentConfig
+from src.data import augment as aug
+
+FILL = (124, 116, 104)
+EVERYTHING = AugmentConfig(
+    flip=0.5, crop_padding=4, crop_scale=(0.5, 1.0), randaugment_ops=2, randaugment_magnitude=9, erasing=0.5
+)
+SIZES = [(24, 24), (20, 33)]
+
+
+def seeded(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def random_images(n: int = 8, height: int = 24, width: int = 24, channels: int = 3) -> torch.Tensor:
+    return torch.randint(0, 256, (n, channels, height, width), dtype=torch.uint8, generator=seeded(9))
+
+
+def varied_images(height: int, width: int) -> torch.Tensor:
+    """Noise, smooth, dim, grey, constant and two-level images, all different from each other."""
+    noise = random_images(3, height, width)
+    ramp = torch.linspace(0, 255, width).expand(3, height, width).byte()
+    flat = torch.full((3, height, width), 77, dtype=torch.uint8)
+    black, white = torch.zeros_like(flat), torch.full_like(flat, 255)
+    grey = noise[0, :1].expand(3, -1, -1)
+    two_level = (noise[1] > 128).byte() * 200
+    dim, half_ramp = noise[1] // 4 + 90, ramp.flip(-1) // 2
+    return torch.stack([noise[0], dim, ramp, half_ramp, flat, black, white, grey, two_level])
+
+
+def all_codes() -> list[int]:
+    return [2 * i + sign for i, op in enumerate(aug.OPS) for sign in range(1 + (op in aug.SIGNED))]
+
+
+# RandAugment
+
+
+def torchvision_v2(image: torch.Tensor, code: int, magnitude: int) -> torch.Tensor:
+    op = tuple(aug.OPS)[code // 2]
+    scale, signed = v2.RandAugment._AUGMENTATION_SPACE[op]
+    levels = scale(31, *image.shape[-2:])
+    level = 0.0 if levels is None else float(levels[magnitude]) * (-1 if code % 2 else 1)
+    assert signed or code % 2 == 0
+    transform = v2.RandAugment()
+    return transform._apply_image_or_video_transform(
+        image, op, level, interpolation=transform.interpolation, fill=transform._fill
+    )
+
+
+def torchvision_v1(image: torch.Tensor, code: int, magnitude: int) -> torch.Tensor:
+    op = tuple(aug.OPS)[code // 2]
+    levels, _ = autoaugment.RandAugment()._augmentation_space(31, image.shape[-2:])[op]
+    level = levels[magnitude].item() * (-1 if code % 2 else 1) if levels.ndim else 0.0
+    return autoaugment._apply_op(image, op, level, transforms.InterpolationMode.NEAREST, None)
+
+
+def test_ops_are_torchvisions():
+    assert set(aug.OPS) == set(v2.RandAugment._AUGMENTATION_SPACE)
+    assert {op for op, (_, signed) in v2.RandAugment._AUGMENTATION_SPACE.items() if signed} == set(aug.SIGNED)
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("magnitude", [0, 2, 9, 18, 20, 30])
+def test_every_op_and_sign_equals_torchvision(size, magnitude):
+    images, codes = varied_images(*size), all_codes()
+    batch = images.repeat(len(codes), 1, 1, 1)
+    batch_codes = torch.tensor(codes).repeat_interleave(len(images))
+    shuffle = torch.randperm(len(batch), generator=seeded())
+    result = torch.empty_like(batch)
+    result[shuffle] = aug.rand_augment(batch[shuffle], batch_codes[shuffle], magnitude)
+    for image, code, ours in zip(batch, batch_codes.tolist(), result, strict=True):
+        assert ours.equal(torchvision_v2(image, code, magnitude)), (code, magnitude)
+
+
+@pytest.mark.parametrize("code", all_codes())
+def test_study_version_of_torchvision(code):
+    """The study used v1, of which some colour ops round differently, by one level."""
+    images = varied_images(24, 24)
+    ours = aug.rand_augment(images, torch.full((len(images),), code), 9).int()
+    theirs = torch.stack([torchvision_v1(image, code, 9) for image in images]).int()
+    assert (ours - theirs).abs().max() <= (0 if tuple(aug.OPS)[code // 2] in aug.MOVES else 1)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_a_sample_does_not_depend_on_its_batch(channels):
+    images = random_images(40, channels=channels)
+    codes = aug.draw_codes(40, seeded())
+    batched = aug.rand_augment(images, codes, 9)
+    alone = [aug.rand_augment(images[i : i + 1], codes[i : i + 1], 9) for i in range(40)]
+    assert batched.equal(torch.cat(alone))
+
+
+def test_codes_are_uniform():
+    codes = aug.draw_codes(28_000, seeded())
+    ops = torch.bincount(codes // 2, minlength=14)
+    assert len(ops) == 14 and stats.chisquare(ops).pvalue > 0.01
+    for i, op in enumerate(aug.OPS):
+        signs = torch.bincount(codes[codes // 2 == i] % 2, minlength=2)
+        assert stats.chisquare(signs).pvalue > 0.01 if op in aug.SIGNED else signs[1] == 0
+
+
+def test_slots_draw_their_own_ops():
+    images = random_images(64)
+    one = aug.augment(images, AugmentConfig(randaugment_ops=1), seeded(), FILL)
+    two = aug.augment(images, AugmentConfig(randaugment_ops=2), seeded(), FILL)
+    generator = seeded()
+    expected = images
+    for slot in range(2):
+        expected = aug.rand_augment(expected, aug.draw_codes(64, generator), 9)
+        assert expected.equal((one, two)[slot])
+
+
+# Crops and flips
+
+
+def test_crop_boxes_follow_torchvision():
+    height, width, n = 48, 64, 1500
+    ours = aug.draw_crops(n, height, width, (0.1, 1.0), seeded())
+    torch.manual_seed(1)
+    image = torch.zeros(3, height, width)
+    get_params = transforms.RandomResizedCrop.get_params
+    theirs = torch.tensor([get_params(image, [0.1, 1.0], [3 / 4, 4 / 3]) for _ in range(n)])
+    _assert_same_distribution(ours, theirs)
+    assert (ours[:, :2] >= 0).all() and (ours[:, 2:] >= 1).all()
+    assert (ours[:, :2] + ours[:, 2:] <= torch.tensor([height, width])).all()
+
+
+@pytest.mark.parametrize("size", [(24, 24), (20, 60), (60, 20)])
+def test_crop_falls_back_to_the_centre(size):
+    # A crop of 150 % of the area fits nowhere, so that both sides take their fallback.
+    expected = transforms.RandomResizedCrop.get_params(torch.zeros(3, *size), [1.5, 1.5], [3 / 4, 4 / 3])
+    assert aug.draw_crops(3, *size, (1.5, 1.5), seeded()).tolist() == [list(expected)] * 3
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_resized_crop_equals_torchvision(size):
+    images = random_images(64, *size)
+    boxes = aug.draw_crops(64, *size, (0.05, 1.0), seeded())
+    boxes[0] = torch.tensor([0, 0, *size])
+    ours = aug.resized_crop(images, boxes)
+    theirs = [
+        F.resized_crop(image, *box, list(size), antialias=False)
+        for image, box in zip(images, boxes.tolist(), strict=True)
+    ]
+    assert (ours.int() - torch.stack(theirs).int()).abs().max() <= 1
+    assert ours[0].equal(images[0])
+
+
+def test_shift_is_a_window_of_the_reflected_image():
+    images = random_images(49, 12, 17)
+    offsets = torch.cartesian_prod(torch.arange(-3, 4), torch.arange(-3, 4))
+    padded = F.pad(images, [3, 3, 3, 3], padding_mode="reflect")
+    for ours, image, (down, right) in zip(aug.shift(images, offsets), padded, offsets.tolist(), strict=True):
+        assert ours.equal(image[:, 3 + down : 15 + down, 3 + right : 20 + right])
+
+
+def test_pad_and_crop_draws_every_offset():
+    image = torch.arange(144, dtype=torch.uint8).view(1, 1, 12, 12)
+    out = aug.augment(image.expand(900, -1, -1, -1), AugmentConfig(crop_padding=1), seeded(), (0,))
+    offsets = out[:, 0, 5, 5].long() - image[0, 0, 5, 5]
+    rows, columns = (offsets + 13) // 12 - 1, (offsets + 13) % 12 - 1
+    counts = torch.bincount((rows + 1) * 3 + columns + 1, minlength=9)
+    assert len(counts) == 9 and stats.chisquare(counts).pvalue > 0.01
+
+
+def test_flip():
+    images = random_images(400)
+    chosen = torch.rand(400, generator=seeded()) < 0.3
+    out = aug.flip(images, chosen)
+    assert out[chosen].equal(F.horizontal_flip(images[chosen])) and out[~chosen].equal(images[~chosen])
+    assert aug.augment(images, AugmentConfig(flip=1.0), seeded(), FILL).equal(images.flip(-1))
+    some = aug.augment(images, AugmentConfig(flip=0.3), seeded(), FILL)
+    n_flipped = int((some == images.flip(-1)).flatten(1).all(1).sum())
+    assert stats.binomtest(n_flipped, 400, 0.3).pvalue > 0.01
+
+
+# Erasing
+
+
+def test_erased_boxes_follow_torchvision():
+    height, width, n = 48, 64, 1500
+    ours = aug.draw_erasures(n, height, width, 1.0, seeded())
+    torch.manual_seed(1)
+    image = torch.zeros(3, height, width)
+    get_params = transforms.RandomErasing.get_params
+    theirs = torch.tensor([get_params(image, (0.02, 0.33), (0.3, 3.3), [0.0])[:4] for _ in range(n)])
+    _assert_same_distribution(ours, theirs)
+    assert (ours[:, :2] + ours[:, 2:] <= torch.tensor([height, width])).all()
+
+
+def test_erasing_probability():
+    erased = aug.draw_erasures(2000, 24, 24, 0.15, seeded())[:, 2:].prod(1) > 0
+    assert stats.binomtest(int(erased.sum()), 2000, 0.15).pvalue > 0.01
+
+
+def test_impossible_rectangles_are_left_out():
+    # In one row of pixels no rectangle is lower than the image: torchvision returns it unchanged.
+    assert (aug.draw_erasures(50, 1, 64, 1.0, seeded())[:, 2:] == 0).all()
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_erase_paints_the_box_and_nothing_else(size):
+    images = random_images(30, *size)
+    boxes = aug.draw_erasures(30, *size, 0.7, seeded())
+    colour = torch.tensor(FILL, dtype=torch.uint8)[:, None, None]
+    for ours, image, box in zip(aug.erase(images, boxes, FILL), images, boxes.tolist(), strict=True):
+        assert ours.equal(F.erase(image, *box, colour))
+
+
+# The whole
+
+
+def test_identity_changes_nothing():
+    images = random_images()
+    assert AugmentConfig().is_identity
+    assert aug.augment(images, AugmentConfig(), seeded(), FILL).equal(images)
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("n", [1, 2, 33])
+def test_contract(n, size):
+    images = random_images(n, *size)
+    before = images.clone()
+    out = aug.augment(images, EVERYTHING, seeded(3), FILL)
+    assert (out.dtype, out.shape, out.device) == (images.dtype, images.shape, images.device)
+    assert images.equal(before)
+    assert out.equal(aug.augment(images, EVERYTHING, seeded(3), FILL))
+    assert not out.equal(aug.augment(images, EVERYTHING, seeded(4), FILL))
+
+
+def test_draws_ignore_global_randomness():
+    images = random_images()
+    torch.manual_seed(0)
+    out = aug.augment(images, EVERYTHING, seeded(), FILL)
+    state = torch.get_rng_state()
+    torch.manual_seed(1)
+    assert out.equal(aug.augment(images, EVERYTHING, seeded(), FILL))
+    torch.manual_seed(0)
+    assert state.equal(torch.get_rng_state())
+
+
+def test_order_is_crop_shift_flip_randaugment_erase():
+    images, generator = random_images(40), seeded(5)
+    out = aug.resized_crop(images, aug.draw_crops(40, 24, 24, (0.5, 1.0), generator))
+    out = aug.shift(out, torch.randint(9, (40, 2), generator=generator) - 4)
+    out = aug.flip(out, torch.rand(40, generator=generator) < 0.5)
+    for _ in range(2):
+        out = aug.rand_augment(out, aug.draw_codes(40, generator), 9)
+    out = aug.erase(out, aug.draw_erasures(40, 24, 24, 0.5, generator), FILL)
+    assert out.equal(aug.augment(images, EVERYTHING, seeded(5), FILL))
+
+
+def test_nothing_reads_the_device():
+    """A meta tensor has no values: whatever needed one on the host (`.item()`, `nonzero`) would fail."""
+    images = random_images().to("meta")
+    out = aug.augment(images, EVERYTHING, seeded(), FILL)
+    assert (out.device.type, out.dtype, out.shape) == ("meta", torch.uint8, images.shape)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_same_on_cuda():
+    images = random_images(64)
+    config = AugmentConfig(flip=0.5, crop_padding=4, erasing=0.5)
+    expected = aug.augment(images, config, seeded(), FILL)
+    assert aug.augment(images.cuda(), config, seeded(), FILL).cpu().equal(expected)
+    codes = torch.arange(2 * len(aug.MOVES)).repeat(4)[:32]
+    moved = aug.rand_augment(images[:32].cuda(), codes, 9)
+    assert moved.cpu().equal(aug.rand_augment(images[:32], codes, 9))
+
+
+def test_corners_reach_every_place():
+    corners = aug._draw_corners(torch.tensor([[3, 0]]).expand(2000, -1), seeded())
+    counts = torch.bincount(corners[:, 0], minlength=4)
+    assert len(counts) == 4 and stats.chisquare(counts).pvalue > 0.01 and (corners[:, 1] == 0).all()
+
+
+def _assert_same_distribution(ours: torch.Tensor, theirs: torch.Tensor) -> None:
+    """Kolmogorov-Smirnov on top, left, height, width, area and aspect ratio."""
+    for boxes in zip(_statistics(ours), _statistics(theirs), strict=True):
+        assert stats.ks_2samp(*boxes).pvalue > 0.01
+
+
+def _statistics(boxes: torch.Tensor) -> list[torch.Tensor]:
+    top, left, height, width = boxes.double().unbind(1)
+    return [top, left, height, width, height * width, height / width]
