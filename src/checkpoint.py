@@ -7,45 +7,14 @@ A checkpoint is a pair: `checkpoint-<step>.pt` (tensors and numbers, loaded with
 from __future__ import annotations
 
 import hashlib
-import json
-import os
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 from tqdm.auto import tqdm
 
+from src.files import read_json, write_atomically, write_json
+
 GENERATIONS = 2
-
-
-def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
-    """`write` a file beside `path`, flush it to the disk, then put it in its place in one step."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        write(partial)
-        with open(partial, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
-    if os.name == "posix":
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
-
-
-def write_json(path: Path, data: object) -> None:
-    """Readable JSON, atomically."""
-    text = json.dumps(data, indent=2, ensure_ascii=False) + "\n"
-    write_atomically(path, lambda partial: partial.write_text(text, encoding="utf-8"))
-
-
-def read_json(path: Path) -> Any:
-    """What `write_json` wrote."""
-    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def save(folder: Path, step: int, payload: dict) -> None:

@@ -277,7 +277,9 @@ def differences(ours: dict, theirs: dict) -> list[str]:
 
 def _build(kind: type, data: object, prefix: str) -> typing.Any:
     if not isinstance(data, dict):
-        raise SetupError(f"config section {prefix.rstrip('.') or 'top level'!r} must be an object, not {data!r}.")
+        raise SetupError(
+            f"config section {prefix.rstrip('.') or 'top level'!r} must be an object, not {data!r}."
+        )
     hints = typing.get_type_hints(kind)
     unknown = [prefix + key for key in data if key not in hints]
     missing = [prefix + key for key in hints if key not in data]

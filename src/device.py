@@ -70,7 +70,10 @@ def peak_memory_gb(device: torch.device) -> float:
 
 def versions() -> dict[str, str]:
     """Versions of Python and of the packages that can change a number."""
-    return {"python": platform.python_version(), **{name: metadata.version(name) for name in RECORDED_PACKAGES}}
+    return {
+        "python": platform.python_version(),
+        **{name: metadata.version(name) for name in RECORDED_PACKAGES},
+    }
 
 
 def git_commit() -> str:

@@ -20,7 +20,7 @@ import numpy as np
 import pandas as pd
 from safetensors.torch import load_file, save_file
 
-from src import SetupError, checkpoint, report
+from src import SetupError, report
 from src import config as configs
 from src.config import Config
 from src.data.batches import Batches, to_device, training_transform
@@ -29,6 +29,7 @@ from src.data.splits import Splits, make_splits
 from src.data.store import Store, open_store
 from src.device import Device, choose_device, git_commit, keep_freed_memory, peak_memory_gb, versions
 from src.evaluate import prediction_frame
+from src.files import read_json, write_array, write_json
 from src.model.build import Built, Classifier, build_model, gmacs
 from src.predict import cached_features, one_pass
 from src.train import FitData, Progress, fit
@@ -86,7 +87,7 @@ class Result:
 
 
 def prepare(config: Config, paths: Paths) -> Setup:
-    """Open data, splits, weights and folders. Raises `SetupError` for whatever is wrong, before any training."""
+    """Open data, splits, weights and folders. Raises `SetupError` for whatever is wrong with them."""
     keep_freed_memory()
     for folder in (paths.results, paths.runs, paths.cache):
         require_writable(folder)
@@ -119,7 +120,7 @@ def claim_run_folder(setup: Setup) -> None:
     }
     path = setup.run_folder / "run.json"
     if path.exists():
-        changed = configs.differences(identity, checkpoint.read_json(path))
+        changed = configs.differences(identity, read_json(path))
         if changed:
             raise SetupError(
                 f"{setup.run_folder} holds a run of another configuration (there -> here):\n  "
@@ -128,11 +129,11 @@ def claim_run_folder(setup: Setup) -> None:
             )
     setup.run_folder.mkdir(parents=True, exist_ok=True)
     setup.splits.save(setup.run_folder / "splits.json")
-    checkpoint.write_json(path, identity)
+    write_json(path, identity)
 
 
 def train_and_predict(setup: Setup) -> None:
-    """Fit, keep the best weights, score `valid` once. The logits are written last: they mark a finished run."""
+    """Fit, keep the best weights, score `valid` once. The logits, written last, mark a finished run."""
     config, device, model, folder = setup.config, setup.device, setup.model, setup.run_folder
     data, valid, feature_seconds = make_batches(setup)
     progress = fit(model, data, config, device, folder)
@@ -146,13 +147,13 @@ def train_and_predict(setup: Setup) -> None:
         "valid": round(time.perf_counter() - started, 1),
     }
     facts["seconds"]["total"] = round(sum(progress.seconds) + feature_seconds + facts["seconds"]["valid"], 1)
-    checkpoint.write_json(folder / "facts.json", facts)
-    checkpoint.write_json(folder / "history.json", progress.history)
-    checkpoint.write_atomically(folder / "valid_logits.npy", lambda partial: save_array(partial, logits_NK))
+    write_json(folder / "facts.json", facts)
+    write_json(folder / "history.json", progress.history)
+    write_array(folder / "valid_logits.npy", logits_NK)
 
 
 def make_batches(setup: Setup) -> tuple[FitData, Batches, float]:
-    """Training data, `valid` and the seconds that features took: cached ones where nothing changes an image."""
+    """Training data, `valid`, and the seconds that features took (0 where none are cached)."""
     config, store, device = setup.config, setup.store, setup.device
     model = setup.model.to(device.torch_device).eval()
     rows, prepared, seconds = to_device(store.images, device.torch_device), setup.built.preprocess, 0.0
@@ -231,7 +232,7 @@ def recorded_config(config: Config) -> dict:
 
 
 def write_results(setup: Setup) -> Result:
-    """The arm's folder under `results/`, from what the run left; then the comparison where both arms exist."""
+    """The arm's folder under `results/`, from what the run left; the comparison where both arms exist."""
     store, splits, folder = setup.store, setup.splits, setup.run_folder
     predictions = prediction_frame(
         np.load(folder / "valid_logits.npy"),
@@ -240,14 +241,14 @@ def write_results(setup: Setup) -> Result:
         store.wnids,
         store.class_names,
     )
-    history = pd.DataFrame(checkpoint.read_json(folder / "history.json"))
+    history = pd.DataFrame(read_json(folder / "history.json"))
 
     def images(rows: np.ndarray) -> np.ndarray:
         return store.images[splits.valid_N[rows]].transpose(0, 2, 3, 1)
 
     arm = setup.config.arm
     target = setup.paths.results / arm.capitalize()
-    facts = checkpoint.read_json(folder / "facts.json")
+    facts = read_json(folder / "facts.json")
     metrics = report.write_arm(target, arm, predictions, history, facts, images)
     report.write_comparison(setup.paths.results)
     return Result(setup, metrics, predictions, history, target)
@@ -262,25 +263,21 @@ def require_writable(folder: Path) -> None:
         probe.unlink()
     except OSError as error:
         raise SetupError(
-            f"folder {folder} cannot be written to ({error.strerror}). Choose another with --results, --runs or "
-            "--cache."
+            f"folder {folder} cannot be written to ({error.strerror}). "
+            "Choose another with --results, --runs or --cache."
         ) from None
-
-
-def save_array(path: Path, array: np.ndarray) -> None:
-    """`numpy.save` under exactly this name."""
-    with open(path, "wb") as file:
-        np.save(file, array)
 
 
 def summary(results: Path) -> str:
     """A line an arm: accuracy with its interval, seconds, folder."""
     lines = [f"{'arm':<12} {'accuracy':>8}  {'95 % interval':<18} {'seconds':>7}  folder"]
     for path in sorted(results.glob("*/metrics.json")):
-        m = checkpoint.read_json(path)
+        m = read_json(path)
         interval = f"[{m['wilson_low']:.2%}, {m['wilson_high']:.2%}]"
         seconds = m["seconds"]["total"]
-        lines.append(f"{m['arm']:<12} {m['accuracy']:>8.2%}  {interval:<18} {seconds:>7.0f}  {shown(path.parent)}")
+        lines.append(
+            f"{m['arm']:<12} {m['accuracy']:>8.2%}  {interval:<18} {seconds:>7.0f}  {shown(path.parent)}"
+        )
     if len(lines) == 1:
         raise SetupError(f"no metrics.json in the folders of {results}: run an arm first.")
     return "\n".join(lines)
@@ -292,7 +289,9 @@ def shown(path: Path) -> str:
     return str(path) if relative.startswith("..") else relative
 
 
-def configure(arm: str, profile: str, data_dir: str = "", overrides: dict[str, object] | None = None) -> Config:
+def configure(
+    arm: str, profile: str, data_dir: str = "", overrides: dict[str, object] | None = None
+) -> Config:
     """The preset under the profile; `data_dir`, or else the variable TINY_IMAGENET_DIR, names local data."""
     config = configs.preset(arm, profile, overrides)
     if not data_dir and config.data.source in ("local", "hub") and not config.data.path:
@@ -305,8 +304,12 @@ def configure(arm: str, profile: str, data_dir: str = "", overrides: dict[str, o
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m src.experiment", description=__doc__.split("\n")[0])
     parser.add_argument("arm", choices=[*configs.PRESETS, "summary"])
-    parser.add_argument("--profile", default="full", help=f"one of: {', '.join(configs.PROFILES)} (default: full)")
-    parser.add_argument("--data", default="", help=f"local data instead of the profile's source (or {DATA_VARIABLE})")
+    parser.add_argument(
+        "--profile", default="full", help=f"one of: {', '.join(configs.PROFILES)} (default: full)"
+    )
+    parser.add_argument(
+        "--data", default="", help=f"local data instead of the profile's source (or {DATA_VARIABLE})"
+    )
     parser.add_argument("--protocol", default="holdout", help="holdout (default) or published")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--results", default="", help="folder for what people read")

@@ -12,9 +12,9 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from src.checkpoint import write_atomically, write_json
 from src.data.batches import Batches
 from src.device import Device
+from src.files import read_json, write_array, write_json
 
 
 def one_pass(
@@ -22,7 +22,9 @@ def one_pass(
 ) -> np.ndarray:
     """`function` over the batches in order -> float32 (N, ...). Put its model in eval mode first."""
     outputs: list[np.ndarray] = []
-    bar = tqdm(total=batches.n_examples, desc=label, unit="img", unit_scale=True, leave=False, mininterval=0.5)
+    bar = tqdm(
+        total=batches.n_examples, desc=label, unit="img", unit_scale=True, leave=False, mininterval=0.5
+    )
     with torch.inference_mode(), autocast(device), bar:
         for inputs, _ in batches.in_order():
             outputs.append(function(inputs).float().cpu().numpy())
@@ -37,7 +39,11 @@ def autocast(device: Device) -> torch.autocast:
 
 
 def cached_features(
-    function: Callable[[torch.Tensor], torch.Tensor], batches: Batches, device: Device, folder: Path, identity: dict
+    function: Callable[[torch.Tensor], torch.Tensor],
+    batches: Batches,
+    device: Device,
+    folder: Path,
+    identity: dict,
 ) -> tuple[np.ndarray, float]:
     """`one_pass` done once: the array, memory-mapped from `folder`, and the seconds that computing it took.
 
@@ -47,15 +53,9 @@ def cached_features(
     path = folder / f"{key}.npy"
     note = path.with_suffix(".json")
     if not note.exists():
-        folder.mkdir(parents=True, exist_ok=True)
         started = time.perf_counter()
         features = one_pass(function, batches, device, "features of the frozen backbone")
         seconds = time.perf_counter() - started
-
-        def write(partial: Path) -> None:
-            with open(partial, "wb") as file:
-                np.save(file, features)
-
-        write_atomically(path, write)
+        write_array(path, features)
         write_json(note, {**identity, "shape": list(features.shape), "seconds": round(seconds, 1)})
-    return np.load(path, mmap_mode="c"), json.loads(note.read_text())["seconds"]
+    return np.load(path, mmap_mode="c"), read_json(note)["seconds"]

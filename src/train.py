@@ -60,13 +60,18 @@ class Progress:
 class Trainer:
     """A run in motion: model, optimizer and progress, with what it takes to save and restore them."""
 
-    def __init__(self, model: Classifier, data: FitData, config: Config, device: Device, folder: Path) -> None:
+    def __init__(
+        self, model: Classifier, data: FitData, config: Config, device: Device, folder: Path
+    ) -> None:
         self.model, self.data, self.config, self.device, self.folder = model, data, config, device, folder
-        self.accelerator = Accelerator(mixed_precision=device.precision, cpu=device.torch_device.type == "cpu")
+        on_cpu = device.torch_device.type == "cpu"
+        self.accelerator = Accelerator(mixed_precision=device.precision, cpu=on_cpu)
         if self.accelerator.num_processes > 1:
             raise SetupError("a run uses one process; start it without `accelerate launch --num_processes`.")
         self.forward = model.classify if data.cached else model
-        self.optimizer = self.accelerator.prepare(build_optimizer(model.to(device.torch_device), config.optim))
+        self.optimizer = self.accelerator.prepare(
+            build_optimizer(model.to(device.torch_device), config.optim)
+        )
         self.progress = Progress()
         self.best_state: dict[str, torch.Tensor] = {}
         self.saved_at = time.monotonic()
@@ -107,9 +112,8 @@ class Trainer:
         """The rest of the current epoch, step by step; sums stay on the device between reads."""
         train, progress, batches = self.config.train, self.progress, self.data.fit
         started = time.perf_counter() - progress.epoch_seconds
-        sums = torch.tensor([progress.loss_sum, progress.n_correct], dtype=torch.float64).to(
-            self.device.torch_device, torch.float64
-        )
+        sums = torch.tensor([progress.loss_sum, progress.n_correct], dtype=torch.float64)
+        sums = sums.to(self.device.torch_device)
         self.model.train()
         bar = tqdm(
             total=batches.n_examples,
@@ -139,10 +143,13 @@ class Trainer:
         set_lr(self.optimizer, lr_at(step, self.config.train.epochs * n_steps, optim))
         torch.manual_seed(derived_seed(self.config.train.seed, progress.epoch, progress.step, DROPOUT_STREAM))
         sums = torch.zeros(2, dtype=torch.float64, device=self.device.torch_device)
-        for x, y in zip(inputs.split(self.device.micro_batch), labels_B.split(self.device.micro_batch), strict=True):
+        micro_batches = (part.split(self.device.micro_batch) for part in (inputs, labels_B))
+        for x, y in zip(*micro_batches, strict=True):
             with autocast(self.device):
                 logits_BK = self.forward(x).float()
-                loss_sum = F.cross_entropy(logits_BK, y, label_smoothing=optim.label_smoothing, reduction="sum")
+                loss_sum = F.cross_entropy(
+                    logits_BK, y, label_smoothing=optim.label_smoothing, reduction="sum"
+                )
             self.accelerator.backward(loss_sum / len(labels_B))
             sums += torch.stack([loss_sum.detach(), (logits_BK.detach().argmax(1) == y).sum()])
         if optim.clip_norm:
@@ -157,8 +164,8 @@ class Trainer:
         loss_sum, n_correct = sums.tolist()
         if not torch.isfinite(sums).all():
             raise SetupError(
-                f"the loss is {loss_sum} at epoch {progress.epoch + 1}, step {progress.step}: the run stops. Try a "
-                "lower `optim.lr` or a positive `optim.clip_norm`; the last checkpoint is from before."
+                f"the loss is {loss_sum} at epoch {progress.epoch + 1}, step {progress.step}: the run stops. "
+                "Try a lower `optim.lr` or a positive `optim.clip_norm`; the last checkpoint is from before."
             )
         progress.loss_sum, progress.n_correct, progress.epoch_seconds = loss_sum, int(n_correct), seconds
 
@@ -167,6 +174,7 @@ class Trainer:
         train, progress = self.config.train, self.progress
         started = time.perf_counter()
         holdout_loss, holdout_accuracy = self.score_holdout()
+        last_step = (progress.epoch + 1) * len(self.data.fit) - 1
         progress.history.append(
             {
                 "epoch": progress.epoch + 1,
@@ -174,15 +182,13 @@ class Trainer:
                 "fit_accuracy": progress.n_correct / progress.n_seen,
                 "holdout_loss": holdout_loss,
                 "holdout_accuracy": holdout_accuracy,
-                "lr_factor": lr_at(
-                    (progress.epoch + 1) * len(self.data.fit) - 1, train.epochs * len(self.data.fit), self.config.optim
-                ),
+                "lr_factor": lr_at(last_step, train.epochs * len(self.data.fit), self.config.optim),
             }
         )
         progress.seconds.append(progress.epoch_seconds + time.perf_counter() - started)
         if progress.epoch + 1 == best_epoch(progress.history, train.monitor):
             progress.best_epoch, progress.bad_epochs = progress.epoch + 1, 0
-            self.best_state = {name: value.cpu().clone() for name, value in self.model.learned_state().items()}
+            self.best_state = {k: v.cpu().clone() for k, v in self.model.learned_state().items()}
         else:
             progress.bad_epochs += 1
         tqdm.write(epoch_line(progress, self.config))
@@ -197,7 +203,8 @@ class Trainer:
         batches = self.data.holdout
         logits_NK = torch.from_numpy(one_pass(self.forward, batches, self.device, "holdout")).double()
         labels_N = torch.from_numpy(batches.labels_N[batches.index_M])
-        return F.cross_entropy(logits_NK, labels_N).item(), (logits_NK.argmax(1) == labels_N).double().mean().item()
+        accuracy = (logits_NK.argmax(1) == labels_N).double().mean()
+        return F.cross_entropy(logits_NK, labels_N).item(), accuracy.item()
 
 
 def fit(model: Classifier, data: FitData, config: Config, device: Device, folder: Path) -> Progress:
@@ -215,7 +222,7 @@ def fit(model: Classifier, data: FitData, config: Config, device: Device, folder
 
 
 def best_epoch(history: list[dict], monitor: str) -> int:
-    """The epoch (from 1) with the lowest held-out loss or the highest held-out accuracy; the first of equals."""
+    """The epoch (from 1) with the lowest held-out loss or highest held-out accuracy; the first of equals."""
     if monitor == "loss":
         return min(history, key=lambda row: row["holdout_loss"])["epoch"]
     return max(history, key=lambda row: row["holdout_accuracy"])["epoch"]
@@ -225,7 +232,8 @@ def epoch_line(progress: Progress, config: Config) -> str:
     """One line for the epoch that just ended."""
     row = progress.history[-1]
     chosen_on = "holdout" if config.data.protocol == "holdout" else "valid"
-    stopping = f"early stopping {progress.bad_epochs} of {config.train.patience}" if progress.bad_epochs else "best so far"
+    waited = f"early stopping {progress.bad_epochs} of {config.train.patience}"
+    stopping = waited if progress.bad_epochs else "best so far"
     return (
         f"epoch {row['epoch']:>3}/{config.train.epochs}"
         f" | fit loss {row['fit_loss']:.4f} accuracy {row['fit_accuracy']:6.2%}"

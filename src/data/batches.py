@@ -46,9 +46,7 @@ class Preprocess:
         if images_BCHW.shape[-2:] != (self.size, self.size):
             mode = InterpolationMode(self.interpolation)
             images_BCHW = F.resize(images_BCHW, [self.size, self.size], interpolation=mode, antialias=True)
-        mean, std = (
-            torch.tensor(values, device=images_BCHW.device).view(3, 1, 1) * 255 for values in (self.mean, self.std)
-        )
+        mean, std = 255 * torch.tensor([self.mean, self.std], device=images_BCHW.device).view(2, 3, 1, 1)
         return images_BCHW.float().sub_(mean).div_(std).contiguous(memory_format=torch.channels_last)
 
     @property

@@ -23,7 +23,9 @@ class SpatialAttention(nn.Module):
     def __init__(self, dim: int, heads: int, dropout: float = 0.0) -> None:
         super().__init__()
         if dim % heads:
-            raise SetupError(f"model.attention_heads = {heads} does not divide the backbone's {dim} channels.")
+            raise SetupError(
+                f"model.attention_heads = {heads} does not divide the backbone's {dim} channels."
+            )
         self.heads = heads
         self.norm = nn.LayerNorm(dim)
         self.qkv = nn.Linear(dim, 3 * dim)

@@ -49,10 +49,11 @@ class Classifier(nn.Module):
         self.frozen = config.trainable == "none"
         width = backbone.num_features
         pooled_width = getattr(backbone, "head_hidden_size", width)
-        self.spatial = SpatialAttention(width, config.attention_heads, config.dropout) if (
-            config.head == "attention"
-        ) else None
-        self.one_token = OneTokenAttention(pooled_width, config.dropout) if config.head == "as_run" else None
+        self.spatial = self.one_token = None
+        if config.head == "attention":
+            self.spatial = SpatialAttention(width, config.attention_heads, config.dropout)
+        if config.head == "as_run":
+            self.one_token = OneTokenAttention(pooled_width, config.dropout)
         self.dropout = nn.Dropout(config.dropout)
         self.classifier = nn.Linear(pooled_width, n_classes)
         nn.init.trunc_normal_(self.classifier.weight, std=0.02)
@@ -67,7 +68,7 @@ class Classifier(nn.Module):
         return self
 
     def features(self, images_BCHW: torch.Tensor) -> torch.Tensor:
-        """Normalised float (B,3,H,W) -> the feature map (B,C,h,w) for spatial attention, else pooled (B,D)."""
+        """Normalised float (B,3,H,W) -> feature map (B,C,h,w) for spatial attention, else pooled (B,D)."""
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
             map_BCHW = self.backbone.forward_features(images_BCHW)
             return map_BCHW if self.spatial else self.backbone.forward_head(map_BCHW, pre_logits=True)
@@ -111,8 +112,8 @@ def build_model(config: ModelConfig, wnids: tuple[str, ...], seed: int) -> Built
     sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
     if expected_sha256 and sha256 != expected_sha256:
         raise SetupError(
-            f"weights of {tag} in {path}: SHA-256 is {sha256}, expected {expected_sha256}. Delete the file and "
-            "download it again."
+            f"weights of {tag} in {path}: SHA-256 is {sha256}, expected {expected_sha256}. "
+            "Delete the file and download it again."
         )
     backbone = _load(tag, path)
     with torch.random.fork_rng(devices=[]):
@@ -153,8 +154,8 @@ def _weights_file(tag: str, revision: str, weights: str) -> tuple[Path, str]:
         path = Path(weights).expanduser()
         if not path.is_file():
             raise SetupError(
-                f"model.weights = {weights!r}: no such file. Give the path of a safetensors file, or `hub` or "
-                "`package`."
+                f"model.weights = {weights!r}: no such file. "
+                "Give the path of a safetensors file, or `hub` or `package`."
             )
         return path, ""
     pinned_revision, sha256 = PINNED_WEIGHTS.get(tag, ("", ""))
@@ -168,8 +169,9 @@ def _weights_file(tag: str, revision: str, weights: str) -> tuple[Path, str]:
     except Exception as error:  # the client raises a dozen kinds: offline, 401, 404, 429, timeouts
         raise SetupError(
             f"weights timm/{tag} cannot be had from the Hugging Face hub ({type(error).__name__}: "
-            f"{str(error).splitlines()[0][:200]}).\nCheck the connection; set HF_TOKEN if the hub limits the rate; "
-            "or download model.safetensors elsewhere and pass `--set model.weights=FILE.safetensors`.\n"
+            f"{str(error).splitlines()[0][:200]}).\n"
+            "Check the connection; set HF_TOKEN if the hub limits the rate; or download model.safetensors "
+            "elsewhere and pass `--set model.weights=FILE.safetensors`.\n"
             "Without a hub: `--profile quick` or `--profile offline` use weights that a package ships."
         ) from error
     return Path(path), "" if revision else sha256
@@ -215,7 +217,9 @@ def _renamed_by_position(state: dict[str, torch.Tensor], backbone: nn.Module) ->
     """The package names its tensors after another implementation; order and shapes are timm's."""
     names = list(backbone.state_dict())
     if len(names) != len(state):
-        raise SetupError(f"{PACKAGE} holds {len(state)} tensors, timm's model {len(names)}: versions do not fit.")
+        raise SetupError(
+            f"{PACKAGE} holds {len(state)} tensors, timm's model {len(names)}: versions do not fit."
+        )
     return dict(zip(names, state.values(), strict=True))
 
 
@@ -238,8 +242,8 @@ def _initial_rows(
     if strangers or old.out_features != len(imagenet):
         raise SetupError(
             f"model.head_init = 'pretrained_rows' needs a 1000-way ImageNet classifier (this one has "
-            f"{old.out_features} rows) and classes that are ImageNet's (not: {', '.join(strangers[:5]) or 'none'}). "
-            "Use random or zero."
+            f"{old.out_features} rows) and classes that are ImageNet's "
+            f"(not: {', '.join(strangers[:5]) or 'none'}). Use random or zero."
         )
     rows = torch.tensor([imagenet[wnid] for wnid in wnids])
     return old.weight.detach()[rows], old.bias.detach()[rows]
@@ -252,6 +256,6 @@ def _require_feature_map(backbone: nn.Module, tag: str, image_size: int) -> None
     backbone.train(training)
     if len(shape) != 4 or shape[1] != backbone.num_features:
         raise SetupError(
-            f"backbone {tag!r} has no (B,C,H,W) feature map (it gives {shape}); choose a convolutional one, such as "
-            "convnext_tiny.fb_in1k."
+            f"backbone {tag!r} has no (B,C,H,W) feature map (it gives {shape}); "
+            "choose a convolutional one, such as convnext_tiny.fb_in1k."
         )

@@ -1,0 +1,64 @@
+# `make quick` and `make test` work from a fresh clone: the environment is made on the way.
+# Settings: make improvement PROFILE=offline DATA=/path/to/tiny-imagenet SEED=1
+PYTHON ?= python3
+PROFILE ?= full
+PROTOCOL ?= holdout
+SEED ?= 0
+DATA ?=
+ARGS ?=
+
+VENV := .venv
+PY := $(VENV)/bin/python
+READY := $(VENV)/.ready
+
+settings = profile='$(PROFILE)' protocol='$(PROTOCOL)' data_dir='$(DATA)' seed='$(SEED)'
+
+.DEFAULT_GOAL := help
+.PHONY: help quick baseline improvement test slow check format notebooks readme clean
+
+help:  ## List the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+quick: $(READY)  ## Run both notebooks on embedded data: no GPU, no network, minutes on 2 cores
+	@rm -rf runs/quick results/quick
+	@$(PY) -m tools.execute Baseline results/quick profile=quick runs_dir=runs/quick
+	@$(PY) -m tools.execute Improvement results/quick profile=quick runs_dir=runs/quick
+	@$(PY) -m src.experiment summary --results results/quick
+
+baseline: $(READY)  ## Run the baseline notebook (PROFILE=full PROTOCOL=holdout DATA= SEED=0)
+	@$(PY) -m tools.execute Baseline results $(settings)
+
+improvement: $(READY)  ## Run the improvement notebook (same settings)
+	@$(PY) -m tools.execute Improvement results $(settings)
+
+test: $(READY)  ## Run the test suite (ARGS= goes to pytest)
+	@$(PY) -m pytest $(ARGS)
+
+slow: $(READY)  ## Run the slow tests (real data where TINY_IMAGENET_DIR names it)
+	@$(PY) -m pytest -m slow $(ARGS)
+
+check: $(READY)  ## Lint; thin notebooks; README names and numbers; results against their CSVs; sizes
+	@$(PY) -m tools.check
+
+format: $(READY)  ## Format the code and sort its imports
+	@$(PY) -m ruff check --fix --quiet . && $(PY) -m ruff format --quiet .
+
+notebooks: $(READY)  ## Strip outputs from the notebooks before a commit
+	@$(PY) -m nbstripout notebook/*.ipynb
+
+readme: $(READY)  ## Write the README's results table anew from results/
+	@$(PY) -m tools.readme
+
+clean:  ## Remove the environment, caches and quick outputs; runs/ and results/ stay
+	rm -rf $(VENV) cache runs/quick results/quick .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(READY): requirements.txt requirements-dev.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
+		echo "Python 3.11 or newer is needed, but $(PYTHON) is $$($(PYTHON) --version 2>&1 | tail -n 1)."; \
+		echo "Name another: make PYTHON=python3.12 ..."; exit 1; }
+	@$(PYTHON) -m venv $(VENV) || { \
+		echo "The environment could not be made; on Debian or Ubuntu: apt install python3-venv"; exit 1; }
+	@echo "Installing into $(VENV) (once; PyTorch is large) ..."
+	@$(PY) -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	@touch $@

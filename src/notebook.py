@@ -1,0 +1,164 @@
+"""What the notebooks show, so that they can stay thin: each function returns something to display."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from IPython.display import Image, Markdown
+from matplotlib.figure import Figure
+from PIL import Image as Pillow
+from torch import nn
+
+from src.data.batches import training_transform
+from src.experiment import Result, Setup
+from src.files import read_json
+
+WIDTH = 900  # pixels: as wide as a notebook's column, and an executed copy stays well below 1 MB
+
+
+def data_summary(setup: Setup) -> Markdown:
+    """Which data, how many images each split has, the first class names."""
+    store, splits = setup.store, setup.splits
+    names = ", ".join(store.class_names[:8])
+    more = len(store.class_names) - 8
+    counts = " | ".join(f"{len(rows):,}" for rows in (splits.fit_N, splits.holdout_N, splits.valid_N))
+    if splits.protocol == "published":
+        note = "Protocol `published`: `valid` also chooses the epoch, so it is an optimistic number."
+    else:
+        note = "Protocol `holdout`: every choice is made on images held out of train; `valid` is scored once."
+    return Markdown(
+        f"**{store.manifest['source']}**, {len(store.class_names)} classes, stored at {store.size} × "
+        f"{store.size} pixels: {names}{f' and {more} more' if more > 0 else ''}.\n\n"
+        "| fit: trained on | holdout: chosen on | valid: reported on |\n| ---: | ---: | ---: |\n"
+        f"| {counts} |\n\n{note}"
+    )
+
+
+def batch_figure(setup: Setup, n_images: int = 8) -> Image:
+    """Training images as stored, and below them as the network gets them; twice where chance has a part."""
+    store, preprocess, augmentation = setup.store, setup.built.preprocess, setup.config.augment
+    rows = np.sort(np.random.default_rng(0).choice(setup.splits.fit_N, n_images, replace=False))
+    stored_BCHW = torch.from_numpy(store.images[rows])
+    transform = training_transform(augmentation, preprocess)
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (preprocess.mean, preprocess.std))
+    lines = [(f"stored: {store.size} px", stored_BCHW / 255)]
+    for draw in range(1 if augmentation.is_identity else 2):
+        seen_BCHW = transform(stored_BCHW, torch.Generator().manual_seed(draw)) * std + mean
+        lines.append((f"seen: {preprocess.size} px", seen_BCHW.clamp(0, 1)))
+    return image_grid(lines, [store.class_names[label] for label in store.labels_N[rows]])
+
+
+def image_grid(lines: list[tuple[str, torch.Tensor]], names: list[str]) -> Image:
+    """Lines of images with their titles, each a float tensor (B,3,H,W) in [0, 1]; `names` stand above."""
+    figure = Figure(figsize=(1.5 * len(names), 1.75 * len(lines)), layout="constrained")
+    axes = figure.subplots(len(lines), len(names), squeeze=False)
+    for line, (title, images_BCHW) in zip(axes, lines, strict=True):
+        line[0].set_ylabel(title, fontsize=9)
+        for axis, image_CHW in zip(line, images_BCHW, strict=True):
+            axis.imshow(image_CHW.permute(1, 2, 0).numpy(), interpolation="nearest")
+            axis.set(xticks=[], yticks=[])
+    for axis, name in zip(axes[0], names, strict=True):
+        axis.set_title(name if len(name) < 18 else f"{name[:16]}…", fontsize=9)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, dpi=WIDTH / figure.get_figwidth())
+    return small_image(buffer)
+
+
+def parts(model: nn.Module) -> pd.DataFrame:
+    """The model part by part: kind, parameters, how many of them training changes, train or eval mode."""
+    rows = []
+    for name, module in _leaves(model):
+        sizes = [(p.numel(), p.requires_grad) for p in module.parameters()]
+        total, trained = sum(n for n, _ in sizes), sum(n for n, trains in sizes if trains)
+        rows.append({"part": name, "kind": type(module).__name__, "parameters": total, "trainable": trained})
+    table = pd.DataFrame(rows).query("parameters > 0").set_index("part")
+    table.loc["total"] = ["", table["parameters"].sum(), table["trainable"].sum()]
+    return table
+
+
+def picture(result: Result, name: str) -> Image:
+    """The arm's figure `name`, e.g. `training_curve`, made small."""
+    return small_image(result.folder / f"{result.setup.config.arm}_{name}.png")
+
+
+def small_image(file: Path | io.BytesIO) -> Image:
+    """An image for display, at most `WIDTH` wide, as PNG with a palette or JPEG: whichever is smaller."""
+    with Pillow.open(file) as opened:
+        image = opened.convert("RGB")
+    image.thumbnail((WIDTH, 4 * WIDTH))
+    encoded = {}
+    for kind, version, options in (
+        ("png", image.quantize(128), {"optimize": True}),
+        ("jpeg", image, {"quality": 85, "optimize": True}),
+    ):
+        buffer = io.BytesIO()
+        version.save(buffer, kind, **options)
+        encoded[kind] = buffer.getvalue()
+    kind = min(encoded, key=lambda kind: len(encoded[kind]))
+    return Image(data=encoded[kind], format=kind, width=image.width)
+
+
+def class_table(result: Result, n_rows: int = 5) -> pd.DataFrame:
+    """The best and the worst classes on `valid`, each with the class that it is most often taken for."""
+    wrong = result.predictions[~result.predictions["Is_Correct"].astype(bool)]
+    confused = wrong.groupby("Ground_Truth")["Prediction_Name"].agg(lambda names: names.mode().iloc[0])
+    table = result.predictions.groupby("Ground_Truth").agg(
+        name=("Ground_Truth_Name", "first"), accuracy=("Is_Correct", "mean"), images=("Is_Correct", "size")
+    )
+    table["most often taken for"] = confused.reindex(table.index).fillna("")
+    table = table.sort_values("accuracy", ascending=False, kind="stable")
+    chosen = table if len(table) <= 2 * n_rows else pd.concat([table.head(n_rows), table.tail(n_rows)])
+    return chosen.assign(accuracy=chosen["accuracy"].map("{:.1%}".format)).set_index("name")
+
+
+def conclusion(result: Result) -> Markdown:
+    """What the run measured, in sentences; every number is read from its metrics.json and history."""
+    m = read_json(result.folder / "metrics.json")
+    best = result.history.set_index("epoch").loc[m["best_epoch"]]
+    chosen_on = "holdout" if m["protocol"] == "holdout" else "valid"
+    lines = [
+        f"`{m['backbone']}` at {m['image_size']} px classifies **{m['accuracy']:.2%}** of the {m['n']:,} "
+        f"`valid` images of {m['data']} correctly (95 % interval {m['wilson_low']:.2%} to "
+        f"{m['wilson_high']:.2%}; guessing would give {1 / m['n_classes']:.1%}). The right class is among "
+        f"the first five for {m['top5_accuracy']:.2%}.",
+        f"Training changed {m['trainable_parameters']:,} of {m['parameters']:,} parameters and took "
+        f"{m['seconds']['total'] / 60:.1f} minutes on {m['hardware']}. Epoch {m['best_epoch']} of "
+        f"{m['epochs']} was chosen on `{chosen_on}`, with {best['holdout_accuracy']:.2%} right there and "
+        f"{best['fit_accuracy']:.2%} of the training images.",
+    ]
+    if m["profile"] == "quick":
+        lines.append(
+            "**This was the `quick` profile**: 8 × 8 pixel digits and a small backbone. It shows that every "
+            "step works; it says nothing about ConvNeXt or Tiny-ImageNet."
+        )
+    return Markdown("\n\n".join(lines))
+
+
+def comparison(result: Result) -> list[Markdown | Image]:
+    """The two arms against each other, as sentences and a picture; a hint where the other has not run."""
+    folder = result.folder.parent
+    if not (folder / "comparison.json").exists():
+        return [Markdown("*The other arm has not run here yet: run its notebook, then this cell's again.*")]
+    c = read_json(folder / "comparison.json")
+    text = (
+        f"Improvement minus baseline: **{100 * c['difference']:+.2f} points** (95 % interval "
+        f"{100 * c['difference_low']:+.2f} to {100 * c['difference_high']:+.2f}). Of {c['n']:,} images the "
+        f"baseline alone got {c['only_a_correct']:,} right, the improvement alone {c['only_b_correct']:,}; "
+        f"McNemar's test: p = {c['mcnemar_p']:.2g}."
+    )
+    if not c["same_setup"]:
+        text += f"\n\n**The arms do not share one setup:** {'; '.join(c['setup_differences'])}."
+    return [Markdown(text), small_image(folder / "comparison.png")]
+
+
+def _leaves(model: nn.Module, depth: int = 2, prefix: str = "") -> list[tuple[str, nn.Module]]:
+    """Named children; containers (a backbone, its stages) are opened down to `depth` further levels."""
+    found = []
+    for name, module in model.named_children():
+        opened = depth and (isinstance(module, nn.Sequential) or name == "backbone")
+        found += _leaves(module, depth - 1, f"{prefix}{name}.") if opened else [(prefix + name, module)]
+    return found

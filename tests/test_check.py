@@ -1,0 +1,223 @@
+"""Each check of `make check` passes on a sound miniature repository and fails on the one fault it is for."""
+
+import json
+import subprocess
+from pathlib import Path
+
+import nbformat
+import pandas as pd
+import pytest
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
+
+from src.evaluate import compare, score
+from tools import check, readme
+
+URL = "https://github.com/someone/thing"
+BADGE = "[badge](https://colab.research.google.com/github/someone/thing/blob/main/notebook/N.ipynb)"
+README = f"""# Thing
+`make quick`, or `python -m src.model`, writes `results/quick/Baseline/`; see `src/model.py`, `*.ipynb`,
+[the licence](LICENSE) and `results/<Arm>/metrics.json`. The hub has `someone/tiny-imagenet`.
+
+```
+git clone {URL}.git
+```
+{readme.BEGIN}
+{readme.END}
+"""
+
+
+@pytest.fixture
+def repo(tmp_path: Path) -> Path:
+    """A sound miniature repository with one notebook and one arm's results."""
+    subprocess.run(["git", "init", "--quiet", str(tmp_path)], check=True)
+    files = {
+        "Makefile": "quick:  ## run\n\techo\n",
+        "LICENSE": "MIT\n",
+        "CITATION.cff": f'repository-code: "{URL}"\n',
+        "src/__init__.py": "",
+        "src/model.py": "X = 1\n",
+        "README.md": README,
+    }
+    for name, text in files.items():
+        write(tmp_path / name, text)
+    write_notebook(tmp_path, sound_cells())
+    frame = pd.DataFrame(
+        {"Index": range(6), "Ground_Truth": [0, 0, 1, 1, 2, 2], "Prediction": [0, 1, 1, 1, 2, 0]}
+    )
+    frame["Is_Correct"] = frame["Ground_Truth"] == frame["Prediction"]
+    folder = tmp_path / "results" / "Baseline"
+    folder.mkdir(parents=True)
+    frame.to_csv(folder / "baseline_validation_predictions.csv", index=False)
+    metrics = {"arm": "baseline", "backbone": "b", "image_size": 96, "data": "d", "protocol": "holdout"}
+    metrics |= {"epochs": 2, "best_epoch": 1, "hardware": "cpu", "seconds": {"total": 60}}
+    metrics |= {"config": {"model": {"trainable": "none"}}}
+    write(folder / "metrics.json", json.dumps({**metrics, **score(frame)}, default=str))
+    write(tmp_path / "README.md", readme.rewritten(README, tmp_path))
+    return tmp_path
+
+
+def write(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text, encoding="utf-8")
+
+
+def sound_cells() -> list:
+    return [
+        new_markdown_cell(BADGE),
+        new_code_cell(f'REPO_URL = "{URL}"'),
+        new_code_cell("seed = 0", metadata={"tags": ["parameters"]}),
+    ]
+
+
+def write_notebook(repo: Path, cells: list, name: str = "notebook/N.ipynb") -> None:
+    (repo / name).parent.mkdir(parents=True, exist_ok=True)
+    nbformat.write(new_notebook(cells=cells), repo / name)
+
+
+def edit(path: Path, old: str, new: str) -> None:
+    text = path.read_text(encoding="utf-8")
+    assert old in text
+    path.write_text(text.replace(old, new), encoding="utf-8")
+
+
+def test_a_sound_repository_passes(repo, capsys):
+    assert check.main(repo) == 0, capsys.readouterr().out
+
+
+def test_a_failure_is_counted_and_printed(repo, capsys):
+    edit(repo / "README.md", "`src/model.py`", "`src/modle.py`")
+    assert check.main(repo) == 1
+    assert "README.md names `src/modle.py`" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("code", ["import os\nX = 1\n", "X  =  1\n"], ids=["rule", "format"])
+def test_lint(repo, code):
+    write(repo / "src/model.py", code)
+    assert check.lint(repo)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda cells: cells[2].outputs.append(new_output("stream", text="x")), "outputs"),
+        (lambda cells: cells[2].update(execution_count=3), "outputs"),
+        (lambda cells: cells.extend(new_code_cell("x") for _ in range(11)), "13 code cells"),
+        (lambda cells: cells.append(new_code_cell("x = 1\n" * 59)), "61 code lines"),
+        (lambda cells: cells.append(new_code_cell("def f():\n    pass")), "belongs in src"),
+        (lambda cells: cells.append(new_code_cell("for epoch in range(3):\n    pass")), "belongs in src"),
+        (lambda cells: cells.pop(1), "bootstrap"),
+        (lambda cells: cells[2].metadata.update(tags=[]), "parameters"),
+        (lambda cells: cells[0].update(source="# no badge"), "badge"),
+    ],
+)
+def test_notebooks(repo, change, said):
+    cells = sound_cells()
+    change(cells)
+    write_notebook(repo, cells)
+    problems = check.notebooks(repo)
+    assert any(said in problem for problem in problems), problems
+
+
+def test_the_limits_of_a_thin_notebook_are_inclusive(repo):
+    write_notebook(repo, [*sound_cells(), new_code_cell("# why\n\n" + "x = 1\n" * 58)])
+    assert check.notebooks(repo) == []
+
+
+@pytest.mark.parametrize(
+    "output",
+    [
+        new_output("error", ename="E", evalue="", traceback=[]),
+        new_output("stream", text="saved to /home/somebody/thing"),
+    ],
+)
+def test_executed_copies(repo, output):
+    name = "results/Baseline/N.ipynb"
+    write_notebook(repo, [new_code_cell("x", outputs=[new_output("stream", text="results/Baseline")])], name)
+    assert check.executed_copies(repo) == []
+    write_notebook(repo, [new_code_cell("x", outputs=[output])], name)
+    assert len(check.executed_copies(repo)) == 1
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("`src/model.py`", "`src/gone.py`"),
+        ("`src/model.py`", "`gone.md`"),
+        ("`src/model.py`", "`srcs/`"),
+        ("`*.ipynb`", "`*.csvs.png`"),
+        ("](LICENSE)", "](LICENCE)"),
+        ("`results/<Arm>/metrics.json`", "`results/<Arm>/metric.json`"),
+        ("python -m src.model", "python -m src.models"),
+        ("`make quick`", "`make quickly`"),
+    ],
+)
+def test_readme_names(repo, old, new):
+    assert check.readme_names(repo) == []
+    edit(repo / "README.md", old, new)
+    assert len(check.readme_names(repo)) == 1
+
+
+def test_readme_numbers_and_the_command_that_mends_them(repo):
+    edit(repo / "README.md", "**66.67 %**", "**66.76 %**")
+    assert check.readme_numbers(repo)
+    text = (repo / "README.md").read_text(encoding="utf-8")
+    write(repo / "README.md", readme.rewritten(text, repo))
+    assert check.readme_numbers(repo) == []
+
+
+def test_readme_without_markers(repo):
+    edit(repo / "README.md", readme.END, "")
+    assert "markers" in check.readme_numbers(repo)[0]
+
+
+def test_results(repo):
+    path = repo / "results/Baseline/metrics.json"
+    edit(path, '"accuracy": 0.66', '"accuracy": 0.67')
+    assert len(check.results(repo)) == 1 and "accuracy" in check.results(repo)[0]
+
+
+def test_results_of_another_prediction_file(repo):
+    path = repo / "results/Baseline/baseline_validation_predictions.csv"
+    edit(path, "5,2,0,False", "5,2,2,True")
+    said = " ".join(check.results(repo))
+    assert "accuracy" in said and "n_correct" in said
+
+
+def test_results_without_predictions(repo):
+    (repo / "results/Baseline/baseline_validation_predictions.csv").unlink()
+    assert check.results(repo)
+
+
+def test_comparison(repo):
+    folder = repo / "results"
+    (folder / "Improvement").mkdir()
+    frame = pd.read_csv(folder / "Baseline/baseline_validation_predictions.csv")
+    frame.loc[1, ["Prediction", "Is_Correct"]] = [0, True]
+    frame.to_csv(folder / "Improvement/improvement_validation_predictions.csv", index=False)
+    frames = [pd.read_csv(path) for path in sorted(folder.glob("*/*predictions.csv"))]
+    write(folder / "comparison.json", json.dumps(compare(*frames)))
+    assert check.results(repo) == []
+    edit(folder / "comparison.json", '"only_b_correct": 1', '"only_b_correct": 2')
+    assert check.results(repo) == ["results/comparison.json: only_b_correct is 2, the predictions give 1"]
+
+
+def test_sizes(repo, monkeypatch):
+    (repo / "big.bin").write_bytes(bytes(1_000_001))
+    assert len(check.sizes(repo)) == 1
+    monkeypatch.setitem(check.LARGE_FILES, "big.bin", "a reason")
+    assert check.sizes(repo) == []
+    (repo / "big.bin").write_bytes(bytes(10_000_001))
+    assert len(check.sizes(repo)) == 1
+
+
+def test_ignored_files_may_be_large(repo):
+    write(repo / ".gitignore", "big.bin\n")
+    (repo / "big.bin").write_bytes(bytes(1_000_001))
+    assert check.sizes(repo) == []
+
+
+@pytest.mark.parametrize("name", ["README.md", "CITATION.cff", "notebook/N.ipynb"])
+def test_repo_url(repo, name):
+    assert check.repo_url(repo) == []
+    edit(repo / name, "someone/thing", "someone/other")
+    assert len(check.repo_url(repo)) == 1

@@ -1,0 +1,357 @@
+"""Store: right pixels, decoded once, never half built, never a substituted image."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import io
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import MINI_COUNTS, MINI_WNIDS, encode, noise
+from PIL import Image
+
+from src import SetupError
+from src.data import store as store_module
+from src.data.sources import HubTinyImageNet, ImageFolder, ParquetFolder, TinyImageNetFolder, TinyImageNetZip
+from src.data.store import decode, load_store, open_store
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture
+def tiny(miniature, tmp_path):
+    return TinyImageNetFolder(miniature.folder(tmp_path / "tiny"), MINI_COUNTS)
+
+
+def stores(cache: Path) -> list[str]:
+    """Names below `stores/`, without the lock files."""
+    return sorted(p.name for p in (cache / "stores").iterdir() if p.suffix != ".lock")
+
+
+# ---------------------------------------------------------------------------------------------- pixels
+
+
+def _colours() -> dict[str, tuple[bytes, tuple[int, int, int], int]]:
+    """Name -> (encoded 8x8 image of one colour, its RGB, tolerance)."""
+    side, red = (8, 8), (255, 0, 0)
+    palette = Image.new("P", side, 1)
+    palette.putpalette([255, 0, 0, 0, 0, 255])
+    frames = [Image.new("RGB", side, colour) for colour in (red, "blue")]
+    cmyk = Image.new("CMYK", side, (0, 255, 255, 0))
+    sixteen = Image.fromarray(np.full(side, 200 * 257, np.uint16))
+    return {
+        "RGB": (encode(Image.new("RGB", side, (1, 2, 3))), (1, 2, 3), 0),
+        "grey": (encode(Image.new("L", side, 77)), (77,) * 3, 0),
+        "1 bit": (encode(Image.new("1", side, 1)), (255,) * 3, 0),
+        "16 bit PNG": (encode(sixteen), (200,) * 3, 0),
+        "16 bit TIFF": (encode(sixteen, "TIFF"), (200,) * 3, 0),
+        "16 bit rounds": (encode(Image.fromarray(np.full(side, 255, np.uint16))), (1,) * 3, 0),
+        "CMYK TIFF": (encode(cmyk, "TIFF"), red, 0),
+        "CMYK JPEG": (encode(cmyk, "JPEG", quality=100), red, 3),
+        "RGBA half": (encode(Image.new("RGBA", side, (255, 0, 0, 128))), (255, 127, 127), 1),
+        "RGBA clear": (encode(Image.new("RGBA", side, (0, 0, 0, 0))), (255,) * 3, 0),
+        "LA clear": (encode(Image.new("LA", side, (0, 0))), (255,) * 3, 0),
+        "palette": (encode(palette), (0, 0, 255), 0),
+        "palette clear": (encode(palette, transparency=1), (255,) * 3, 0),
+        "palette partly": (encode(palette, transparency=b"\xff\x80"), (127, 127, 255), 1),
+        "RGB keyed": (encode(Image.new("RGB", side, (9, 9, 9)), transparency=(9, 9, 9)), (255,) * 3, 0),
+        "animated GIF": (encode(frames[0], "GIF", save_all=True, append_images=frames[1:]), red, 0),
+    }
+
+
+@pytest.mark.parametrize("name", _colours())
+def test_colour_modes(name):
+    data, rgb, tolerance = _colours()[name]
+    pixels_HWC = decode(data, 8)
+    assert pixels_HWC.shape == (8, 8, 3) and pixels_HWC.dtype == np.uint8
+    assert np.abs(pixels_HWC.astype(int) - rgb).max() <= tolerance
+
+
+def test_exif_orientation_is_applied():
+    image = Image.new("RGB", (16, 16), "blue")
+    image.paste((255, 0, 0), (0, 0, 8, 16))  # left half red
+    exif = Image.Exif()
+    exif[0x0112] = 6  # shown turned clockwise: left becomes top
+    pixels_HWC = decode(encode(image, exif=exif.tobytes()), 16)
+    assert (pixels_HWC[:8] == (255, 0, 0)).all() and (pixels_HWC[8:] == (0, 0, 255)).all()
+
+
+@pytest.mark.parametrize("turn", [False, True])
+def test_central_square_is_kept(turn):
+    image = Image.new("RGB", (96, 64), "lime")
+    image.paste((255, 0, 0), (0, 0, 16, 64))
+    image.paste((0, 0, 255), (80, 0, 96, 64))
+    if turn:
+        image = image.transpose(Image.Transpose.ROTATE_90)
+    assert (decode(encode(image), 64) == (0, 255, 0)).all()
+
+
+def test_resize_is_antialiased_bicubic():
+    image = noise(3, (300, 200))
+    expected = image.resize((96, 64), Image.Resampling.BICUBIC).crop((16, 0, 80, 64))
+    difference = np.abs(decode(encode(image), 64).astype(int) - np.asarray(expected))
+    assert difference[:, 2:-2].max() <= 2
+    checks = Image.fromarray((np.indices((256, 256)).sum(0) % 2 * 255).astype(np.uint8))
+    assert np.ptp(decode(encode(checks), 64)) < 30  # without antialiasing: 0 to 255
+
+
+def test_right_size_is_left_alone():
+    data = encode(noise(4), "JPEG")
+    assert (decode(data, 64) == np.asarray(Image.open(io.BytesIO(data)))).all()
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+@pytest.mark.parametrize("size", [(12, 12), (64, 64)])
+def test_decompression_bomb_is_refused(size, monkeypatch):
+    data = encode(noise(5, size))
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    with pytest.raises((ValueError, Image.DecompressionBombError), match="pixels"):
+        decode(data, 64)
+
+
+def test_float_pixels_are_refused():
+    with pytest.raises(ValueError, match="floating-point"):
+        decode(encode(Image.fromarray(np.zeros((8, 8), np.float32)), "TIFF"), 8)
+
+
+# ------------------------------------------------------------------------------------------- contents
+
+
+def test_store_holds_the_source(tiny, tmp_path):
+    store = open_store(tiny, tmp_path, 64)
+    assert store.images.shape == (96, 3, 64, 64) and store.images.dtype == np.uint8
+    assert not store.images.flags.writeable
+    assert store.wnids == tiny.wnids and store.class_names == tiny.class_names and store.size == 64
+    for i, example in enumerate(tiny.examples()):
+        pixels_HWC = decode(example.read(), 64)
+        assert (store.images[i] == pixels_HWC.transpose(2, 0, 1)).all()
+        assert store.digests_N[i] == int.from_bytes(hashlib.sha256(pixels_HWC.tobytes()).digest()[:8], "big")
+        row = (store.image_ids_N[i], store.labels_N[i], store.official_split_N[i])
+        assert row == (example.image_id, example.label, example.split)
+    manifest = json.loads((store.path / "manifest.json").read_text())
+    assert manifest["counts"] == {"train": [12] * 6, "valid": [4] * 6} and manifest["bad_files"] == []
+    assert manifest["classes"][0] == {"index": 0, "wnid": "n01443537", "name": "goldfish"}
+
+
+def test_layouts_have_equal_content(miniature, tmp_path, monkeypatch):
+    monkeypatch.setattr(HubTinyImageNet, "path", miniature.parquet(tmp_path / "hub", shards=1))
+    layouts = [
+        ParquetFolder(miniature.parquet(tmp_path / "parquet"), MINI_COUNTS),
+        TinyImageNetFolder(miniature.folder(tmp_path / "folder"), MINI_COUNTS),
+        TinyImageNetZip(miniature.zip(tmp_path / "t.zip"), MINI_COUNTS),
+        HubTinyImageNet(MINI_COUNTS),
+    ]
+    built = [open_store(source, tmp_path, 32) for source in layouts]
+    assert len({store.path for store in built}) == 4
+    assert len({store.fingerprint for store in built}) == 1
+    rows = [set(zip(s.official_split_N, s.labels_N, s.digests_N, strict=True)) for s in built]
+    assert rows[0] == rows[1] == rows[2] == rows[3] and len(rows[0]) == 96
+
+
+def test_fingerprint_sees_labels_splits_and_pixels(tiny, tmp_path):
+    base = open_store(tiny, tmp_path, 32).fingerprint
+    files = list(tiny.tree.root.glob("train/n02124075/images/*_[01].JPEG"))
+    other = tiny.tree.root / "train/n01443537/images/n01443537_0.JPEG"
+    first, second = files[0].read_bytes(), other.read_bytes()
+    files[0].write_bytes(second)
+    other.write_bytes(first)  # the same pixels with two labels swapped
+    swapped = open_store(TinyImageNetFolder(tiny.tree.root, MINI_COUNTS), tmp_path, 32).fingerprint
+    files[0].write_bytes(encode(noise(999), "JPEG"))
+    changed = open_store(TinyImageNetFolder(tiny.tree.root, MINI_COUNTS), tmp_path, 32).fingerprint
+    assert len({base, swapped, changed}) == 3
+
+
+# ------------------------------------------------------------------------------------ opened, not rebuilt
+
+
+def test_second_open_decodes_nothing(tiny, tmp_path, monkeypatch):
+    first = open_store(tiny, tmp_path, 32)
+    monkeypatch.setattr(store_module, "decode", lambda *_: pytest.fail("decoded again"))
+    monkeypatch.setattr(type(tiny), "examples", lambda self: pytest.fail("listed again"))
+    again = open_store(tiny, tmp_path, 32)
+    assert again.fingerprint == first.fingerprint and (again.images[5] == first.images[5]).all()
+
+
+def test_another_size_or_changed_source_is_another_store(tiny, tmp_path):
+    open_store(tiny, tmp_path, 32)
+    open_store(tiny, tmp_path, 16)
+    os.utime(tiny.tree.root / "val/images/val_0.JPEG", ns=(1, 1))
+    open_store(TinyImageNetFolder(tiny.tree.root, MINI_COUNTS), tmp_path, 32)
+    assert len(stores(tmp_path)) == 3
+
+
+DAMAGE = {
+    "images cut": lambda p: os.truncate(p / "images.npy", 1000),
+    "images gone": lambda p: (p / "images.npy").unlink(),
+    "images of another shape": lambda p: np.save(p / "images.npy", np.zeros((95, 3, 32, 32), np.uint8)),
+    "rows gone": lambda p: (p / "rows.npz").unlink(),
+    "rows flipped": lambda p: _flip(p / "rows.npz"),
+    "manifest cut": lambda p: os.truncate(p / "manifest.json", 50),
+    "manifest of another version": lambda p: _set(p / "manifest.json", format=0),
+    "manifest of other data": lambda p: _set(p / "manifest.json", sha256="0" * 64),
+}
+
+
+def _flip(file: Path) -> None:
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+
+
+def _set(file: Path, **values) -> None:
+    file.write_text(json.dumps(json.loads(file.read_text()) | values))
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_damaged_store_is_built_again(damage, tiny, tmp_path, caplog):
+    store = open_store(tiny, tmp_path, 32)
+    fingerprint, images = store.fingerprint, np.array(store.images)
+    DAMAGE[damage](store.path)
+    with pytest.raises(store_module.DamagedStore):
+        load_store(store.path)
+    again = open_store(tiny, tmp_path, 32)
+    assert again.fingerprint == fingerprint and (again.images == images).all()
+    assert "is damaged and will be built again" in caplog.text
+    assert stores(tmp_path) == [store.path.name]
+
+
+# ------------------------------------------------------------------------------------------ bad images
+
+
+@pytest.fixture
+def bad_folder(image_folder) -> Path:
+    cat = image_folder / "train" / "cat"
+    (cat / "cut.jpg").write_bytes(encode(noise(1), "JPEG")[:-300])
+    (cat / "empty.png").touch()
+    (cat / "text.jpg").write_text("not an image at all")
+    return image_folder
+
+
+def test_unreadable_images_are_all_named(bad_folder, tmp_path):
+    with pytest.raises(SetupError) as error:
+        open_store(ImageFolder(bad_folder), tmp_path, 32)
+    text = str(error.value)
+    assert text.startswith("3 image(s) of pets cannot be read")
+    assert all(f"train/cat/{name}: " in text for name in ("cut.jpg", "empty.png", "text.jpg"))
+    assert "truncated" in text and "data.skip_bad=true" in text
+    assert stores(tmp_path) == []
+
+
+def test_many_unreadable_images_fit_a_screen(bad_folder, tmp_path):
+    for i in range(40):
+        (bad_folder / f"train/dog/bad{i}.png").touch()
+    with pytest.raises(SetupError, match="43 image.*") as error:
+        open_store(ImageFolder(bad_folder), tmp_path, 32)
+    assert "and 33 more" in str(error.value) and len(str(error.value).splitlines()) < 15
+
+
+def test_skip_bad_leaves_them_out_and_lists_them(bad_folder, tmp_path):
+    store = open_store(ImageFolder(bad_folder), tmp_path, 32, skip_bad=True)
+    assert len(store) == 20
+    assert [b["image_id"].split("/")[-1] for b in store.manifest["bad_files"]] == [
+        "cut.jpg",
+        "empty.png",
+        "text.jpg",
+    ]
+    for i, image_id in enumerate(store.image_ids_N):
+        expected = decode((bad_folder / image_id).read_bytes(), 32)
+        assert (store.images[i] == expected.transpose(2, 0, 1)).all()
+        assert store.labels_N[i] == ("dog" in image_id)
+    assert open_store(ImageFolder(bad_folder), tmp_path, 32, skip_bad=True).fingerprint == store.fingerprint
+    with pytest.raises(SetupError, match="3 image"):  # a store that lacks images is not taken for a whole one
+        open_store(ImageFolder(bad_folder), tmp_path, 32)
+
+
+# ------------------------------------------------------------------------------------------- the build
+
+
+def test_failed_build_leaves_nothing(tiny, tmp_path, monkeypatch):
+    def fail(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(store_module, "_write_rows", fail)
+    with pytest.raises(KeyboardInterrupt):
+        open_store(tiny, tmp_path, 32)
+    assert stores(tmp_path) == []
+
+
+KILLED = """
+import sys, time
+from pathlib import Path
+from src.data import store
+from src.data.sources import Counts, TinyImageNetFolder
+if sys.argv[3] == "slow":
+    decode = store.decode
+    store.decode = lambda *a: (time.sleep(0.2), decode(*a))[1]
+store.open_store(TinyImageNetFolder(Path(sys.argv[1]), Counts(6, 12, 4)), Path(sys.argv[2]), 32)
+"""
+
+
+def test_killed_build_is_cleaned_up_by_the_next(tiny, tmp_path):
+    def start(speed: str) -> subprocess.Popen:
+        command = [sys.executable, "-c", KILLED, str(tiny.tree.root), str(tmp_path / "cache"), speed]
+        return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+
+    process = start("slow")
+    deadline = time.time() + 60
+    while not list((tmp_path / "cache").glob("stores/*.partial/images.npy")) and time.time() < deadline:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert [name.endswith(".partial") for name in stores(tmp_path / "cache")] == [True]
+    store = open_store(tiny, tmp_path / "cache", 32)
+    assert stores(tmp_path / "cache") == [store.path.name] and len(store) == 96
+
+
+def test_builders_at_once_decode_once(tiny, tmp_path, monkeypatch):
+    builds, build = [], store_module._build
+
+    def counted(*args):
+        builds.append(args)
+        time.sleep(0.2)
+        return build(*args)
+
+    monkeypatch.setattr(store_module, "_build", counted)
+    with ThreadPoolExecutor(4) as pool:
+        opened = list(pool.map(lambda _: open_store(tiny, tmp_path, 32), range(4)))
+    assert len(builds) == 1 and len({s.fingerprint for s in opened}) == 1
+
+
+def test_cache_that_cannot_be_written(tiny, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(SetupError, match="--cache DIR"):
+        open_store(tiny, tmp_path / "file", 32)
+
+
+def test_too_little_space_is_said_before_decoding(tiny, tmp_path, monkeypatch):
+    usage = shutil._ntuple_diskusage(10**12, 10**12, 96 * 3 * 32 * 32 - 1)
+    monkeypatch.setattr(store_module.shutil, "disk_usage", lambda _: usage)
+    monkeypatch.setattr(store_module, "decode", lambda *_: pytest.fail("began to decode"))
+    with pytest.raises(SetupError, match=r"GB free.*--cache DIR"):
+        open_store(tiny, tmp_path, 32)
+    assert stores(tmp_path) == []
+
+
+def test_source_failing_while_it_is_read_is_not_a_bad_image(tiny, tmp_path, monkeypatch):
+    def broken():
+        raise SetupError("shard lost")
+
+    examples = [dataclasses.replace(e, read=broken) for e in tiny.examples()]
+    monkeypatch.setattr(type(tiny), "examples", lambda self: examples)
+    with pytest.raises(SetupError, match="^shard lost"):
+        open_store(tiny, tmp_path, 32, skip_bad=True)
+
+
+def test_miniature_has_grey_images(miniature):
+    modes = {Image.open(io.BytesIO(d)).mode for group in miniature.images.values() for d in group}
+    assert modes == {"L", "RGB"} and len(MINI_WNIDS) == MINI_COUNTS.classes

@@ -1,0 +1,225 @@
+"""`make check`: what a reader relies on and a test of the code cannot see. One line a failure.
+
+Every check takes the repository's root and returns its failures as text; `main` runs them all.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from fnmatch import fnmatch
+from pathlib import Path
+
+import nbformat
+
+from src import SetupError
+from src.evaluate import compare, read_predictions, score
+from tools import readme
+
+MAX_CODE_CELLS, MAX_CODE_LINES = 12, 60
+MEGABYTE = 1_000_000
+# Tracked files that may pass 1 MB, each with its reason; none may pass 10 MB.
+LARGE_FILES: dict[str, str] = {}
+# What the README may name though git holds no such file: what runs write, and the data set's own files.
+WRITTEN_BY_RUNS = (".venv/", "cache/", "runs/", "results/quick/")
+NOT_OURS = ("val_annotations.txt", "wnids.txt", "words.txt", "model.safetensors", "tiny-imagenet-200/")
+PATH_ENDING = r"\.(py|ipynb|md|json|csv|png|txt|toml|cff|typ|pdf|yml|safetensors)$|/$"
+RELATIVE_TOLERANCE = 1e-5  # losses and confidences are rounded in the CSV; counts and accuracies are not
+
+
+def tracked(root: Path) -> list[str]:
+    """Files that git holds or would add, as paths from the root."""
+    command = ["git", "-C", str(root), "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return sorted(name for name in set(done.stdout.split("\0")) if name and (root / name).is_file())
+
+
+def lint(root: Path) -> list[str]:
+    """ruff's rules and ruff's format."""
+    failures = []
+    for command in (["check", "--quiet", "--output-format", "concise"], ["format", "--check", "--quiet"]):
+        done = subprocess.run(
+            [sys.executable, "-m", "ruff", *command, "."], cwd=root, capture_output=True, text=True
+        )
+        lines = (done.stdout + done.stderr).strip().splitlines()
+        if done.returncode:
+            failures += [f"ruff {command[0]}: {line}" for line in lines or ["not formatted: make format"]]
+    return failures
+
+
+def notebooks(root: Path) -> list[str]:
+    """Notebooks are stripped, thin, and open with a bootstrap and a `parameters` cell."""
+    names = [name for name in tracked(root) if fnmatch(name, "notebook/*.ipynb")]
+    return [f"{name}: {problem}" for name in names for problem in _notebook_problems(root / name)]
+
+
+def _notebook_problems(path: Path) -> Iterator[str]:
+    cells = nbformat.read(path, as_version=4).cells
+    code = [cell for cell in cells if cell.cell_type == "code"]
+    source = "\n".join(cell.source for cell in code)
+    n_lines = sum(bool(line.strip()) and not line.strip().startswith("#") for line in source.splitlines())
+    if any(cell.outputs or cell.execution_count for cell in code):
+        yield "carries outputs; run `make notebooks`"
+    if len(code) > MAX_CODE_CELLS or n_lines > MAX_CODE_LINES:
+        yield (
+            f"{len(code)} code cells, {n_lines} code lines; at most {MAX_CODE_CELLS} and {MAX_CODE_LINES}: "
+            "move code into src"
+        )
+    if logic := re.search(r"^\s*(def |class |for .*epoch.*:)", source, re.MULTILINE):
+        yield f"`{logic[0].strip()}` belongs in src"
+    if not code or "REPO_URL" not in code[0].source:
+        yield "the first code cell is not the bootstrap (REPO_URL)"
+    if sum("parameters" in cell.metadata.get("tags", ()) for cell in code) != 1:
+        yield "needs exactly one cell tagged `parameters`"
+    if f"/blob/main/notebook/{path.name}" not in cells[0].source:
+        yield "the first cell has no Open in Colab badge for this very file"
+
+
+def executed_copies(root: Path) -> list[str]:
+    """Executed notebooks under results/ ran to the end and show no path of somebody's machine."""
+    failures = []
+    for name in (name for name in tracked(root) if fnmatch(name, "results/*.ipynb")):
+        text = (root / name).read_text(encoding="utf-8")
+        if '"output_type": "error"' in text:
+            failures.append(f"{name}: ended with an error; run it again")
+        if found := re.search(rf"{re.escape(str(root.resolve()))}|/(home|root|Users)/[\w.]+", text):
+            failures.append(f"{name}: shows a path of one machine: {found[0]}")
+    return failures
+
+
+def readme_names(root: Path) -> list[str]:
+    """Every file, module and make target that README.md names exists."""
+    text = (root / "README.md").read_text(encoding="utf-8")
+    files = tracked(root)
+    prose = re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL)
+    links = re.findall(r"\]\(([^)\s]+)\)|(?:src|href)=\"([^\"]+)\"", prose)
+    targets = [(a or b).split("#")[0] for a, b in links if not re.match(r"\w+:|#", a or b)]
+    failures = [f"README.md links to {t}, which is missing" for t in targets if not _exists(t, files, root)]
+    for token in re.findall(r"(?<!`)`([^`\n]+)`(?!`)", prose):
+        if _is_path(token, files) and not _exists(token, files, root):
+            failures.append(f"README.md names `{token}`, which does not exist")
+    for module in re.findall(r"python3? -m ((?:src|tools)[.\w]*)", text):
+        stem = module.replace(".", "/")
+        if f"{stem}.py" not in files and f"{stem}/__init__.py" not in files:
+            failures.append(f"README.md runs `python -m {module}`, which does not exist")
+    makefile = (root / "Makefile").read_text(encoding="utf-8") if "Makefile" in files else ""
+    commands = re.findall(r"(?:^|`)make ([a-z][\w-]*)", text, flags=re.MULTILINE)
+    known = set(re.findall(r"^([\w-]+)(?: [\w-]+)*:", makefile, flags=re.MULTILINE))
+    return failures + [f"README.md says `make {t}`: no such target" for t in commands if t not in known]
+
+
+def _is_path(token: str, files: list[str]) -> bool:
+    """Whether inline code is meant as a path here: a known ending, a folder, or inside one of our folders."""
+    if re.search(r"[\s:=()\[\]$,]|^[-/.~]*$|^[/~]|^\.\w+$", token):
+        return False
+    folders = {name.split("/")[0] for name in files if "/" in name}
+    return bool(re.search(PATH_ENDING, token)) or ("/" in token and token.split("/")[0] in folders)
+
+
+def _exists(token: str, files: list[str], root: Path) -> bool:
+    """Whether a path or glob (`<arm>` stands for anything) is tracked, written by runs, or not ours."""
+    pattern = re.sub(r"<[^>]*>|\{[^}]*\}|…|\.\.\.", "*", token.removeprefix("./"))
+    if pattern.startswith(WRITTEN_BY_RUNS) or pattern in NOT_OURS or (root / pattern).exists():
+        return True
+    if "/" not in pattern:
+        return any(fnmatch(name.rsplit("/", 1)[-1], pattern) for name in files)
+    return any(fnmatch(name, pattern) or fnmatch(name, f"{pattern.rstrip('/')}/*") for name in files)
+
+
+def readme_numbers(root: Path) -> list[str]:
+    """The README's results table is the one that `make readme` writes."""
+    text = (root / "README.md").read_text(encoding="utf-8")
+    try:
+        same = readme.rewritten(text, root) == text
+    except (ValueError, KeyError) as error:
+        return [f"README.md: results table: {error}"]
+    return [] if same else ["README.md: the results table differs from results/; run `make readme`"]
+
+
+def results(root: Path) -> list[str]:
+    """metrics.json and comparison.json hold the numbers of the prediction CSVs beside and below them."""
+    failures = []
+    for name in (name for name in tracked(root) if fnmatch(name, "results/*metrics.json")):
+        tables = sorted((root / name).parent.glob("*predictions.csv"))
+        if len(tables) == 1:
+            failures += _differences(root, name, score(read_predictions(tables[0])))
+        else:
+            failures.append(f"{name}: {len(tables)} files *predictions.csv beside it, expected one")
+    for name in (name for name in tracked(root) if fnmatch(name, "results/*comparison.json")):
+        tables = [
+            (root / name).parent / arm.capitalize() / f"{arm}_validation_predictions.csv"
+            for arm in ("baseline", "improvement")
+        ]
+        failures += _differences(root, name, compare(*map(read_predictions, tables)))
+    return failures
+
+
+def _differences(root: Path, name: str, counted: dict) -> list[str]:
+    """Numbers that the JSON file `name` does not hold as they were counted anew."""
+    said = json.loads((root / name).read_text(encoding="utf-8"))
+    return [
+        f"{name}: {key} is {said.get(key)}, the predictions give {value}"
+        for key, value in counted.items()
+        if isinstance(value, int | float) and not _close(said.get(key), value)
+    ]
+
+
+def _close(said: object, counted: float) -> bool:
+    return isinstance(said, int | float) and math.isclose(said, counted, rel_tol=RELATIVE_TOLERANCE)
+
+
+def sizes(root: Path) -> list[str]:
+    """No tracked file over 1 MB without a reason, none over 10 MB."""
+    failures = []
+    for name in tracked(root):
+        size = (root / name).stat().st_size
+        if size > (10 * MEGABYTE if name in LARGE_FILES else MEGABYTE):
+            failures.append(f"{name}: {size / MEGABYTE:.1f} MB; shrink it or keep it out of git")
+    return failures
+
+
+def repo_url(root: Path) -> list[str]:
+    """One address of the repository, in notebooks, badges, clone commands and CITATION.cff."""
+    patterns = (
+        r"REPO_URL = \\?\"(https://github\.com/[^\"\\]+)",
+        r"repository-code: \"?(https://github\.com/[^\s\"]+)",
+        r"git clone (https://github\.com/\S+)",
+        r"colab\.research\.google\.com/(github/[\w.-]+/[\w.-]+)/blob",
+    )
+    found: dict[str, str] = {}
+    for name in tracked(root):
+        if name.endswith((".ipynb", ".md", ".cff")):
+            text = (root / name).read_text(encoding="utf-8")
+            for url in (url for pattern in patterns for url in re.findall(pattern, text)):
+                url = url.replace("https://github.com/", "github/").removesuffix(".git").rstrip("/")
+                found.setdefault(url, name)
+    if len(found) <= 1:
+        return []
+    return ["the repository has several addresses: " + ", ".join(f"{u} ({n})" for u, n in found.items())]
+
+
+CHECKS = (lint, notebooks, executed_copies, readme_names, readme_numbers, results, sizes, repo_url)
+
+
+def main(root: Path | None = None) -> int:
+    """Run every check, print its outcome, return the exit status."""
+    root = root or Path(__file__).resolve().parent.parent
+    n_failed = 0
+    for check in CHECKS:
+        try:
+            failures = check(root)
+        except (OSError, ValueError, SetupError, subprocess.CalledProcessError) as error:
+            failures = [f"could not be checked: {error}"]
+        print(f"{'FAIL' if failures else 'ok':4} {check.__name__.replace('_', ' ')}")
+        print("".join(f"     {failure}\n" for failure in failures), end="")
+        n_failed += bool(failures)
+    print(f"{len(CHECKS) - n_failed} of {len(CHECKS)} checks passed")
+    return 1 if n_failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,64 @@
+"""Run one notebook and keep the executed copy beside its results.
+
+`python -m tools.execute Baseline results/quick profile=quick runs_dir=runs/quick` writes
+`results/quick/Baseline/ConvNeXt_Baseline.ipynb`; each `name=value` replaces one of the notebook's parameters.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+PROGRESS_BAR = "application/vnd.jupyter.widget-view+json"
+
+
+def execute(arm: str, results: str, parameters: dict[str, object]) -> Path:
+    """Execute `notebook/ConvNeXt_<arm>.ipynb` from the root; returns the copy's path.
+
+    Raises papermill's `PapermillExecutionError` where a cell fails; the copy then ends with that cell.
+    """
+    os.environ["JUPYTER_PREFER_ENV_PATH"] = "1"  # this environment's kernel, not one in the home folder
+    import papermill
+
+    name = f"ConvNeXt_{arm}.ipynb"
+    copy = Path(results, arm, name)
+    (ROOT / copy).parent.mkdir(parents=True, exist_ok=True)
+    os.chdir(ROOT)  # relative paths, in the copy's metadata too
+    papermill.execute_notebook(
+        Path("notebook", name), copy, {"results_dir": results, **parameters}, kernel_name="python3", cwd="."
+    )
+    tidy(copy)
+    return copy
+
+
+def tidy(path: Path) -> None:
+    """Drop what no reader of a finished run needs: progress bars, which only live widgets can draw."""
+    import nbformat
+
+    notebook = nbformat.read(path, as_version=4)
+    notebook.metadata.pop("widgets", None)
+    for cell in notebook.cells:
+        if cell.cell_type == "code":
+            cell.outputs = [out for out in cell.outputs if PROGRESS_BAR not in out.get("data", {})]
+    nbformat.write(notebook, path)
+
+
+def main(arguments: list[str]) -> int:
+    arm, results, *pairs = arguments
+    parameters: dict[str, object] = dict(pair.split("=", 1) for pair in pairs)
+    if "seed" in parameters:
+        parameters["seed"] = int(str(parameters["seed"]))
+    from papermill.exceptions import PapermillExecutionError
+
+    try:
+        print(f"executed copy: {execute(arm, results, parameters)}")
+    except PapermillExecutionError as error:
+        print(f"ConvNeXt_{arm}.ipynb stopped in this cell:\n{error.source}\n\n{error.ename}: {error.evalue}")
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,61 @@
+"""`make readme`: the README's results table, written from `results/*/metrics.json` between two markers."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
+HEADER = (
+    "| arm | accuracy, 95 % interval | backbone and weights | resolution | data, protocol | epochs "
+    "| hardware, time |\n| --- | --- | --- | --- | --- | --- | --- |"
+)
+# As the study reports them; intervals by row from its prediction files, weights as its notebooks load them.
+REPORTED = """\
+| Baseline, the study's | 82.61 % [81.85, 83.34] | `convnext_tiny.in12k_ft_in1k` (frozen) | 224 px \
+| tiny-imagenet, `published` | best 1 of 6 | A100, 10.8 min |
+| Improvement, the study's | 86.30 % (86.31 by row [85.62, 86.97]) | `convnext_tiny.fb_in1k` \
+(stage 4 trained) | 224 px | tiny-imagenet, `published` | best 7 of 12 | A100, 52.2 min |"""
+
+
+def table(root: Path) -> str:
+    """The whole block between the markers: the study's rows, then one row per arm in `results/`."""
+    files = [root / "results" / arm / "metrics.json" for arm in ("Baseline", "Improvement")]
+    rows = [_row(json.loads(path.read_text(encoding="utf-8"))) for path in files if path.exists()]
+    return "\n".join([HEADER, REPORTED, *rows])
+
+
+def rewritten(text: str, root: Path) -> str:
+    """README text with the block replaced. Raises `ValueError` where a marker is missing."""
+    before, begin, rest = text.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not (begin and end):
+        raise ValueError(f"README.md lacks the markers {BEGIN} ... {END}")
+    return f"{before}{BEGIN}\n{table(root)}\n{END}{after}"
+
+
+def _row(metrics: dict) -> str:
+    low, high = 100 * metrics["wilson_low"], 100 * metrics["wilson_high"]
+    trained = {"none": "frozen", "all": "all layers trained"}[metrics["config"]["model"]["trainable"]]
+    cells = (
+        f"**{metrics['arm'].capitalize()}, here**",
+        f"**{100 * metrics['accuracy']:.2f} %** [{low:.2f}, {high:.2f}]",
+        f"`{metrics['backbone']}` ({trained})",
+        f"{metrics['image_size']} px",
+        f"{metrics['data']}, `{metrics['protocol']}`",
+        f"best {metrics['best_epoch']} of {metrics['epochs']}",
+        f"{metrics['hardware']}, {metrics['seconds']['total'] / 60:.1f} min",
+    )
+    return f"| {' | '.join(cells)} |"
+
+
+def main() -> int:
+    root = Path(__file__).resolve().parent.parent
+    readme = root / "README.md"
+    readme.write_text(rewritten(readme.read_text(encoding="utf-8"), root), encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
