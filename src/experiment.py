@@ -65,6 +65,7 @@ class Setup:
     splits: Splits
     built: Built
     device: Device
+    git_commit: str
 
     @property
     def model(self) -> Classifier:
@@ -96,7 +97,7 @@ def prepare(config: Config, paths: Paths) -> Setup:
     splits = make_splits(store, config.data)
     built = build_model(config.model, store.wnids, config.train.seed)
     device = choose_device(config.model.image_size, config.train.batch_size)
-    return Setup(config, paths, store, splits, built, device)
+    return Setup(config, paths, store, splits, built, device, git_commit())
 
 
 def run(config: Config, paths: Paths) -> Result:
@@ -219,7 +220,7 @@ def run_facts(setup: Setup, progress: Progress) -> dict:
         "peak_memory_gb": round(peak_memory_gb(device.torch_device), 2),
         "hardware": device.name,
         "versions": versions(),
-        "git_commit": git_commit(),
+        "git_commit": setup.git_commit,  # of the code that ran, not of what was checked out since
         "config": recorded_config(config),
     }
 

@@ -19,7 +19,7 @@ import pandas as pd
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.gridspec import GridSpec
-from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, PercentFormatter
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 from scipy.cluster.hierarchy import leaves_list, linkage
 from scipy.spatial.distance import squareform
 
@@ -244,6 +244,11 @@ def _clean(text: object, width: int = 200) -> str:
     return text if len(text) <= width else f"{text[: width - 1].rstrip()}…"
 
 
+def _percent(share: float, _: int | None = None) -> str:
+    """A tick of an axis of shares, with no more digits than it needs."""
+    return f"{round(100 * share, 6):g} %"
+
+
 @styled
 def training_curve(history: pd.DataFrame, metadata: dict, note: str, title: str) -> Figure:
     """Accuracy and loss by epoch, fit against held-out, the best epoch marked."""
@@ -287,7 +292,7 @@ def training_curve(history: pd.DataFrame, metadata: dict, note: str, title: str)
         axes.margins(y=0.12)
         axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.17), ncols=1)
         if kind == "accuracy":
-            axes.yaxis.set_major_formatter(PercentFormatter(1.0, symbol=" %"))
+            axes.yaxis.set_major_formatter(_percent)
     return figure
 
 
@@ -312,8 +317,8 @@ def class_samples(frame: pd.DataFrame, images: Images, note: str, title: str) ->
     """One image of each of the first 16 classes, with truth, prediction and the class's accuracy."""
     by_class = pd.Series(np.arange(len(frame))).groupby(frame["Ground_Truth"].to_numpy())
     rows = by_class.sample(1, random_state=SAMPLE_SEED).to_numpy()[: 2 * N_SAMPLES]
-    heading = f"One image of each of the first {len(rows)} classes, and how many of the class are right"
-    panels = [(heading, rows)]
+    which = "class" if len(by_class) == len(rows) else f"of the first {len(rows)} classes"
+    panels = [(f"One image of each {which}, and how many of the class are right", rows)]
     return _image_panels(frame, images, panels, f"{title}: class by class on valid", note, with_class=True)
 
 
@@ -345,8 +350,8 @@ def _draw_image(axes: mpl.axes.Axes, pixels: np.ndarray, row: pd.Series, tally: 
     axes.set(xticks=[], yticks=[])
     for spine in axes.spines.values():
         spine.set(visible=True, color=colour, linewidth=3)
-    axes.set_title(_clean(row["Ground_Truth_Name"], 22), fontsize=10, loc="center", weight="bold")
-    said = f"{mark} {_clean(row['Prediction_Name'], 22)}\n{100 * row['Confidence']:.0f} % sure"
+    axes.set_title(_clean(row["Ground_Truth_Name"], 24), fontsize=10, loc="center", weight="bold")
+    said = f"{mark} {_clean(row['Prediction_Name'], 24)}\n{100 * row['Confidence']:.0f} % sure"
     if tally is not None:
         said += f" · {tally['n_correct']} of {tally['n']} right"
     axes.set_xlabel(said, color=colour, fontsize=10)
@@ -381,7 +386,7 @@ def _small_confusion(counts_KK: np.ndarray, names: list[str], note: str, title: 
     axes.set(xlabel="prediction", ylabel="truth")
     axes.tick_params(length=0)
     bar = figure.colorbar(drawn, ax=axes, shrink=0.6, label="share of the class's images")
-    bar.ax.yaxis.set_major_formatter(PercentFormatter(1.0, symbol=" %"))
+    bar.ax.yaxis.set_major_formatter(_percent)
     return figure
 
 
@@ -404,14 +409,14 @@ def _large_confusion(counts_KK: np.ndarray, names: list[str], note: str, title: 
     n_classes, totals_K = len(names), counts_KK.sum(axis=1)
     shares_KK = counts_KK / np.maximum(totals_K[:, None], 1)
     wrong_KK = np.ma.masked_where((counts_KK == 0) | np.eye(n_classes, dtype=bool), shares_KK)
-    figure = _figure(7.9, title, note)
+    figure = _figure(7.3, title, note)
     grid = GridSpec(1, 2, figure, width_ratios=[2.35, 1])
     axes, listing = figure.add_subplot(grid[0]), figure.add_subplot(grid[1])
     smallest = 1 / max(totals_K.max(), 2)
     drawn = axes.imshow(
         wrong_KK,
         cmap="YlOrRd",
-        norm=LogNorm(0.8 * smallest, max(wrong_KK.filled(0).max(), 2 * smallest)),
+        norm=LogNorm(0.8 * smallest, max(wrong_KK.filled(0).max(), 5 * smallest)),
         aspect="equal",
     )
     axes.plot([-0.5, n_classes - 0.5], [-0.5, n_classes - 0.5], color="#C8D3DC", lw=1.5, zorder=1.5)
@@ -428,11 +433,11 @@ def _large_confusion(counts_KK: np.ndarray, names: list[str], note: str, title: 
     caption = "Classes stand beside those they are taken for (average linkage, optimal leaf order);"
     caption += f"\none in {ticks[1]} of the {n_classes} is named. Off the grey diagonal: errors."
     axes.set_title(caption, fontsize=9, weight="normal")
-    axes.set_anchor("N")
     bar = figure.colorbar(drawn, ax=axes, location="bottom", shrink=0.75, aspect=40, pad=0.01)
+    axes.set_anchor("N")
     bar.set_label("share of the true class's images, logarithmic", fontsize=9)
     bar.ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    bar.ax.xaxis.set_major_formatter(PercentFormatter(1.0, symbol=" %"))
+    bar.ax.xaxis.set_major_formatter(_percent)
     bar.ax.xaxis.set_minor_formatter(NullFormatter())
     listed = [
         divmod(int(cell), n_classes) for cell in np.argsort(-wrong_KK.filled(0), axis=None, kind="stable")
@@ -513,7 +518,7 @@ def comparison_figure(comparison: dict, note: str) -> Figure:
         )
     accuracies.set_yticks([0, 1], ["Baseline", "Improvement"])
     accuracies.set(ylim=(1.5, -0.7), title="Accuracy, 95 % interval")
-    accuracies.xaxis.set_major_formatter(PercentFormatter(1.0, symbol=" %"))
+    accuracies.xaxis.set_major_formatter(_percent)
     accuracies.xaxis.set_major_locator(MaxNLocator(5))
     accuracies.margins(x=0.15)
     low, high = c["difference_low"], c["difference_high"]
@@ -565,6 +570,6 @@ def _draw_changes(axes: mpl.axes.Axes, comparison: dict) -> None:
     if gained and lost:
         axes.axhline(len(gained) - 0.5, color=GREY, lw=1, ls=":")
     axes.set_xlim(-0.02, 1.02)
-    axes.xaxis.set_major_formatter(PercentFormatter(1.0, symbol=" %"))
+    axes.xaxis.set_major_formatter(_percent)
     axes.set(title="Classes that gained and lost most", xlabel="accuracy in the class")
     axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=2)
