@@ -92,6 +92,12 @@ def git_commit() -> str:
     return done.stdout.strip()
 
 
+def set_up_process() -> None:
+    """What a run needs of its process: repeatable CUDA convolutions, and fast memory on the CPU."""
+    torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
+    keep_freed_memory()
+
+
 def keep_freed_memory() -> None:
     """Make glibc keep large freed blocks instead of returning them to the kernel.
 

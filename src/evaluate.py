@@ -12,9 +12,8 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +24,7 @@ from statsmodels.stats.contingency_tables import mcnemar
 from statsmodels.stats.proportion import proportion_confint
 
 from src import SetupError
+from src.files import write_atomically
 
 N_BINS = 15  # of the calibration error, as in Guo et al. 2017
 N_EXTREMES = 5  # best and worst classes that `score` names
@@ -83,17 +83,6 @@ def prediction_frame(
             "Image_Id": [str(image_id) for image_id in image_ids],
         }
     )
-
-
-def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
-    """`write` a file beside `path`, then put it in its place in one step: readers see the old or the new."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        write(partial)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def write_predictions(frame: pd.DataFrame, path: Path) -> None:

@@ -27,7 +27,7 @@ from src.data.batches import Batches, to_device, training_transform
 from src.data.sources import open_source
 from src.data.splits import Splits, make_splits
 from src.data.store import Store, open_store
-from src.device import Device, choose_device, git_commit, keep_freed_memory, peak_memory_gb, versions
+from src.device import Device, choose_device, git_commit, peak_memory_gb, set_up_process, versions
 from src.evaluate import prediction_frame
 from src.files import read_json, write_array, write_json
 from src.model.build import Built, Classifier, build_model, gmacs
@@ -89,7 +89,7 @@ class Result:
 
 def prepare(config: Config, paths: Paths) -> Setup:
     """Open data, splits, weights and folders. Raises `SetupError` for whatever is wrong with them."""
-    keep_freed_memory()
+    set_up_process()
     for folder in (paths.results, paths.runs, paths.cache):
         require_writable(folder)
     source = open_source(config.data, paths.cache)

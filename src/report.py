@@ -6,7 +6,6 @@ Every figure is a function that returns a `matplotlib.figure.Figure`, so that it
 
 from __future__ import annotations
 
-import json
 import logging
 import textwrap
 from collections.abc import Callable
@@ -31,9 +30,9 @@ from src.evaluate import (
     per_class,
     read_predictions,
     score,
-    write_atomically,
     write_predictions,
 )
+from src.files import read_json, write_atomically, write_json
 
 Images = Callable[[np.ndarray], np.ndarray]  # rows of the prediction table -> (n,H,W,3) uint8
 
@@ -101,7 +100,7 @@ def write_arm(
     }
     for name, figure in figures.items():
         save(figure, path(f"{name}.png"))
-    write_json(metrics, Path(folder) / "metrics.json")
+    write_json(Path(folder) / "metrics.json", metrics)
     return metrics
 
 
@@ -138,7 +137,7 @@ def write_comparison(results: Path) -> dict | None:
     comparison = _rounded(comparison)
     notes = list(dict.fromkeys(footer(about) for about in (about_a, about_b)))
     save(comparison_figure(comparison, "\n".join(notes)), png_path)
-    write_json(comparison, json_path)
+    write_json(json_path, comparison)
     return comparison
 
 
@@ -150,7 +149,7 @@ def _read_arm(results: Path, arm: str) -> tuple[pd.DataFrame, dict]:
         if not path.exists():
             raise FileNotFoundError(f"{path} does not exist")
     try:
-        about = json.loads(metrics.read_text(encoding="utf-8"))
+        about = read_json(metrics)
     except ValueError as error:
         raise SetupError(f"{metrics} is not JSON ({error}). Run the arm again.") from None
     return read_predictions(predictions), about
@@ -174,12 +173,6 @@ def footer(metadata: dict) -> str:
         metadata.get("hardware"),
     ]
     return " · ".join(_clean(part) for part in parts if part)
-
-
-def write_json(data: dict, path: Path) -> None:
-    """Readable JSON, atomically."""
-    text = json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-    write_atomically(path, lambda partial: partial.write_text(text, encoding="utf-8"))
 
 
 def save(figure: Figure, path: Path) -> None:

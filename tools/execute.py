@@ -27,7 +27,12 @@ def execute(arm: str, results: str, parameters: dict[str, object]) -> Path:
     (ROOT / copy).parent.mkdir(parents=True, exist_ok=True)
     os.chdir(ROOT)  # relative paths, in the copy's metadata too
     papermill.execute_notebook(
-        Path("notebook", name), copy, {"results_dir": results, **parameters}, kernel_name="python3", cwd="."
+        Path("notebook", name),
+        copy,
+        {"results_dir": results, **parameters},
+        kernel_name="python3",
+        cwd=".",
+        extra_arguments=["--IPKernelApp.log_level=ERROR"],  # its warnings are about ports, not about this run
     )
     tidy(copy)
     return copy
