@@ -402,7 +402,7 @@ def _large_confusion(counts_KK: np.ndarray, names: list[str], note: str, title: 
     n_classes, totals_K = len(names), counts_KK.sum(axis=1)
     shares_KK = counts_KK / np.maximum(totals_K[:, None], 1)
     wrong_KK = np.ma.masked_where((counts_KK == 0) | np.eye(n_classes, dtype=bool), shares_KK)
-    figure = _figure(7.3, title, note)
+    figure = _figure(7.5, title, note)
     grid = GridSpec(1, 2, figure, width_ratios=[2.35, 1])
     axes, listing = figure.add_subplot(grid[0]), figure.add_subplot(grid[1])
     smallest = 1 / max(totals_K.max(), 2)

@@ -1,0 +1,145 @@
+"""Batches and preprocessing: each example once, any step again alone, pixels as Pillow resizes them."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from torchvision.transforms.v2 import functional as F
+
+from src.config import AugmentConfig
+from src.data.batches import Batches, Preprocess, derived_seed, to_device, training_transform
+
+CPU = torch.device("cpu")
+PREPROCESS = Preprocess(24, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), "bicubic")
+RECIPE = AugmentConfig(flip=0.5, crop_padding=2, randaugment_ops=2, erasing=0.5)
+
+
+def numbered(n: int, batch_size: int) -> Batches:
+    """Rows that hold their own number; the split is every third of them, backwards."""
+    rows = np.arange(3 * n, dtype=np.float32)[:, None]
+    return Batches(rows, np.arange(3 * n) % 7, np.arange(0, 3 * n, 3)[::-1].copy(), batch_size, CPU)
+
+
+def augmented(n: int = 12, batch_size: int = 5) -> Batches:
+    rows, labels_N = tiny.images(n)
+    return Batches(rows, labels_N, np.arange(n), batch_size, CPU, training_transform(RECIPE, PREPROCESS), PREPROCESS)
+
+
+@settings(deadline=None, max_examples=60)
+@given(n=st.integers(1, 200), batch_size=st.integers(2, 70), epoch=st.integers(0, 3))
+def test_an_epoch_covers_each_example_once_in_even_steps(n, batch_size, epoch):
+    batches = numbered(n, batch_size)
+    steps = list(batches.epoch(0, epoch))
+    rows = torch.cat([inputs for inputs, _ in steps])[:, 0].long()
+    labels = torch.cat([labels_B for _, labels_B in steps])
+    sizes = [len(labels_B) for _, labels_B in steps]
+    assert sorted(rows.tolist()) == sorted(batches.index_M.tolist())
+    assert torch.equal(labels, rows % 7)
+    assert len(steps) == len(batches) and max(sizes) <= batch_size and max(sizes) - min(sizes) <= 1
+    assert sum(sizes) == batches.n_examples == n
+
+
+@pytest.mark.parametrize("batch_size", [2, 5, 97])
+def test_in_order_keeps_the_order_of_the_split(batch_size):
+    batches = numbered(31, batch_size)
+    rows = torch.cat([inputs for inputs, _ in batches.in_order()])[:, 0]
+    assert rows.tolist() == batches.index_M.tolist()
+
+
+def test_orders_differ_by_seed_and_epoch():
+    def order(seed, epoch):
+        return tuple(torch.cat([x for x, _ in numbered(40, 8).epoch(seed, epoch)])[:, 0].tolist())
+
+    assert order(0, 0) == order(0, 0)
+    assert len({order(0, 0), order(0, 1), order(1, 0), order(1, 1)}) == 4
+
+
+def test_the_same_step_is_the_same_batch_and_start_is_the_tail():
+    batches = augmented()
+    whole = list(batches.epoch(3, 2))
+    for start in range(len(whole) + 1):
+        tail = list(batches.epoch(3, 2, start))
+        assert len(tail) == len(whole) - start
+        for (x, y), (again_x, again_y) in zip(whole[start:], tail, strict=True):
+            assert torch.equal(x, again_x) and torch.equal(y, again_y)
+
+
+def test_augmentation_differs_by_seed_epoch_and_step():
+    """The order of one image is always the same, so what differs is the augmentation."""
+    rows, labels_N = tiny.images(1)
+    rows = np.repeat(rows, 6, axis=0)
+    transform = training_transform(RECIPE, PREPROCESS)
+    batches = Batches(rows, labels_N.repeat(6), np.arange(6), 3, CPU, transform, PREPROCESS)
+    seen = [x for seed, epoch in [(0, 0), (0, 1), (1, 0)] for x, _ in batches.epoch(seed, epoch)]
+    assert len(seen) == 6
+    assert all(not torch.equal(a, b) for i, a in enumerate(seen) for b in seen[:i])
+    assert not torch.equal(seen[0][0], seen[0][1])
+
+
+def test_in_order_is_never_augmented():
+    batches = augmented()
+    expected = PREPROCESS(torch.from_numpy(batches.rows))
+    assert torch.equal(torch.cat([x for x, _ in batches.in_order()]), expected)
+    assert torch.equal(expected, torch.cat([x for x, _ in batches.in_order()]))
+
+
+def test_batches_do_not_touch_global_randomness_or_the_store():
+    batches = augmented()
+    before, stored = torch.get_rng_state(), batches.rows.copy()
+    list(batches.epoch(0, 0))
+    assert torch.equal(before, torch.get_rng_state()) and np.array_equal(stored, batches.rows)
+
+
+def test_resident_tensors_give_the_same_batches():
+    batches = augmented()
+    resident = Batches(
+        torch.from_numpy(batches.rows), batches.labels_N, batches.index_M, 5, CPU, batches.transform, PREPROCESS
+    )
+    for (x, y), (other_x, other_y) in zip(batches.epoch(0, 1), resident.epoch(0, 1), strict=True):
+        assert torch.equal(x, other_x) and torch.equal(y, other_y)
+    assert to_device(batches.rows, CPU) is batches.rows
+
+
+def test_derived_seeds_depend_on_every_number_and_its_place():
+    seeds = [derived_seed(*numbers) for numbers in [(0, 0, 1), (0, 1, 0), (1, 0, 0), (0, 0, 1, 1), (0, 0, 2)]]
+    assert len(set(seeds)) == len(seeds) and all(0 <= seed < 2**63 for seed in seeds)
+
+
+# -------------------------------------------------------------------------------------- preprocessing
+
+
+@pytest.mark.parametrize("size", [96, 48, 64])
+@pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
+def test_resize_is_pillow_s(size, interpolation):
+    coarse = np.random.default_rng(5).integers(0, 256, (16, 16, 3), dtype=np.uint8)
+    image = Image.fromarray(coarse).resize((64, 64), Image.Resampling.BICUBIC)
+    expected = np.asarray(image.resize((size, size), Image.Resampling[interpolation.upper()])).astype(int)
+    preprocess = Preprocess(size, PREPROCESS.mean, PREPROCESS.std, interpolation)
+    out = preprocess(torch.from_numpy(np.array(image)).permute(2, 0, 1)[None])[0]
+    restored = (out * torch.tensor(preprocess.std).view(3, 1, 1) + torch.tensor(preprocess.mean).view(3, 1, 1)) * 255
+    difference = np.abs(restored.permute(1, 2, 0).numpy() - expected)
+    assert difference.max() <= 2.01 and difference.mean() < 0.3
+
+
+def test_interpolations_are_told_apart():
+    rows = torch.from_numpy(tiny.images(1)[0])
+    a, b = (Preprocess(24, (0.5,) * 3, (0.5,) * 3, mode)(rows) for mode in ("bicubic", "bilinear"))
+    assert (a - b).abs().max() > 0.05
+
+
+def test_normalisation_is_torchvision_s():
+    rows = torch.from_numpy(tiny.images(4, size=24)[0])
+    expected = F.normalize(F.to_dtype(rows, torch.float32, scale=True), PREPROCESS.mean, PREPROCESS.std)
+    out = PREPROCESS(rows)
+    torch.testing.assert_close(out, expected, atol=1e-5, rtol=1e-5)
+    assert out.dtype == torch.float32 and out.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_fill_normalises_to_nothing():
+    patch = torch.tensor(PREPROCESS.fill, dtype=torch.uint8).view(1, 3, 1, 1).expand(1, 3, 24, 24)
+    assert PREPROCESS(patch).abs().max() <= 0.5 / 255 / min(PREPROCESS.std) + 1e-6

@@ -1,0 +1,71 @@
+"""Device: precision and images per pass for the machines that a run may land on, without having them."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from src import device
+from src.device import choose_device
+
+
+def pretend(monkeypatch, name: str, gigabytes: float, native_bf16: bool) -> None:
+    """Make torch report one CUDA device. As torch does, bf16 counts as supported where it is emulated."""
+    properties = SimpleNamespace(name=name, total_memory=int(gigabytes * 1e9))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
+    monkeypatch.setattr(
+        torch.cuda, "is_bf16_supported", lambda including_emulation=True: native_bf16 or including_emulation
+    )
+
+
+def test_cpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    chosen = choose_device(96, 128)
+    assert (chosen.torch_device.type, chosen.precision) == ("cpu", "no")
+    assert 1 <= chosen.micro_batch <= 128 and "CPU" in chosen.name
+    assert choose_device(96, 4).micro_batch == 4
+
+
+@pytest.mark.parametrize(
+    ("name", "gigabytes", "native", "precision"), [("T4", 15.8, False, "fp16"), ("A100", 42.5, True, "bf16")]
+)
+def test_precision_is_what_the_gpu_computes_natively(monkeypatch, name, gigabytes, native, precision):
+    pretend(monkeypatch, name, gigabytes, native)
+    chosen = choose_device(224, 128)
+    assert (chosen.torch_device.type, chosen.precision, chosen.name) == ("cuda", precision, name)
+    assert chosen.micro_batch == 128 and chosen.eval_batch >= chosen.micro_batch
+
+
+def test_micro_batch_shrinks_with_memory_and_image_size_and_stays_in_the_batch(monkeypatch):
+    pretend(monkeypatch, "small", 4, False)
+    sizes = [choose_device(size, 128).micro_batch for size in (64, 224, 384, 1024)]
+    assert sizes == sorted(sizes, reverse=True) and sizes[0] == 128 > sizes[1] > sizes[2]
+    assert all(size & (size - 1) == 0 and size >= 8 for size in sizes)
+    pretend(monkeypatch, "large", 140, True)
+    assert choose_device(224, 48).micro_batch == 48
+
+
+def test_memory_is_in_gigabytes():
+    tensor = torch.ones(25_000_000)
+    peak = device.peak_memory_gb(torch.device("cpu"))
+    assert 0.1 < peak < 200 and len(tensor)
+
+
+def test_what_is_recorded():
+    versions = device.versions()
+    assert versions["torch"] == torch.__version__.split("+")[0] or versions["torch"] == torch.__version__
+    assert {"python", "timm", "torchvision", "accelerate", "numpy"} <= set(versions)
+    assert device.git_commit()
+
+
+def test_no_checkout_is_no_failure(monkeypatch):
+    def missing(*_, **__):
+        raise FileNotFoundError("git")
+
+    monkeypatch.setattr(device.subprocess, "run", missing)
+    assert device.git_commit() == "unknown"
+    monkeypatch.setattr(device.ctypes, "CDLL", missing)
+    device.keep_freed_memory()

@@ -1,0 +1,453 @@
+"""The command line from end to end on a miniature, a run that is killed and started again, and bad input."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import tiny
+import torch
+from conftest import MINI_COUNTS, MINI_WNIDS, encode, noise
+from PIL import Image
+
+from src import SetupError, checkpoint, experiment, train
+from src.config import preset, with_fields
+from src.data import sources
+from src.data.batches import Batches
+from src.experiment import Paths, claim_run_folder, configure, main, make_batches, prepare, run, train_and_predict
+from src.model.build import Classifier
+from src.train import Trainer
+
+ROOT = Path(__file__).resolve().parents[1]
+ARMS = ("baseline", "improvement")
+FILES = (
+    "training_curve.png", "8_correct_8_wrong.png", "per_class.png", "confusion_matrix.png", "confusion_matrix.csv",
+    "validation_predictions.csv", "history.csv", "per_class_accuracy.csv",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory) -> Path:
+    return tiny.write_weights(tmp_path_factory.mktemp("weights") / "tiny.safetensors", n_classes=7)
+
+
+@pytest.fixture(scope="module")
+def pets(tmp_path_factory) -> Path:
+    """Own images: two classes of 12 for train and 4 for valid."""
+    folder = tmp_path_factory.mktemp("data") / "pets"
+    for number, name in enumerate(("cat", "dog")):
+        for split, n in (("train", 12), ("valid", 4)):
+            (folder / split / name).mkdir(parents=True)
+            for i in range(n):
+                image = noise(1000 * number + 100 * (split == "valid") + i, (40, 40))
+                (folder / split / name / f"{i}.png").write_bytes(encode(image))
+    return folder
+
+
+def small(weights: Path, **changes) -> dict[str, object]:
+    """Overrides that make a run tiny."""
+    return {
+        "model.backbone": tiny.CONVNEXT,
+        "model.weights": str(weights),
+        "model.image_size": tiny.SIZE,
+        "data.holdout_per_class": 3,
+        "train.epochs": 2,
+        "train.batch_size": 5,
+        "train.checkpoint_minutes": 0.0,
+        "optim.head_lr": 0.01,
+        **{name.replace("__", "."): value for name, value in changes.items()},
+    }
+
+
+def paths(folder: Path) -> Paths:
+    return Paths(folder / "results", folder / "runs", folder / "cache")
+
+
+def arguments(folder: Path, arm: str, data: Path, overrides: dict[str, object]) -> list[str]:
+    where = [item for name in ("results", "runs", "cache") for item in (f"--{name}", str(folder / name))]
+    pairs = [item for name, value in overrides.items() for item in ("--set", f"{name}={value}")]
+    return [arm, "--profile", "offline", "--data", str(data), *where, *pairs]
+
+
+def own(pets: Path, weights: Path, arm: str = "improvement", **changes):
+    return configure(arm, "offline", str(pets), small(weights, **changes))
+
+
+def trained(config, folder: Path):
+    """Everything of `run` but the report."""
+    setup = prepare(config, paths(folder))
+    claim_run_folder(setup)
+    train_and_predict(setup)
+    return setup
+
+
+# ----------------------------------------------------------------------------------------- end to end
+
+
+@pytest.fixture(scope="module")
+def both_arms(miniature, weights, tmp_path_factory):
+    """Both arms through the command line on a miniature Tiny-ImageNet -> (folder, exit codes)."""
+    folder = tmp_path_factory.mktemp("both")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sources, "TINY_COUNTS", MINI_COUNTS)
+        data = miniature.folder(folder / "tiny-imagenet-200")
+        codes = [main(arguments(folder, arm, data, small(weights))) for arm in ARMS]
+    return folder, codes
+
+
+@pytest.mark.parametrize("arm", ARMS)
+def test_an_arm_writes_every_file(both_arms, arm):
+    folder, codes = both_arms
+    assert codes == [0, 0]
+    results = folder / "results" / arm.capitalize()
+    assert {path.name for path in results.iterdir()} == {f"{arm}_{name}" for name in FILES} | {"metrics.json"}
+    for path in results.glob("*.png"):
+        with Image.open(path) as image:
+            assert image.width > 400 and path.stat().st_size < 1_000_000
+
+
+@pytest.mark.parametrize("arm", ARMS)
+def test_metrics_are_those_of_the_csv(both_arms, arm):
+    folder, _ = both_arms
+    results = folder / "results" / arm.capitalize()
+    table = pd.read_csv(results / f"{arm}_validation_predictions.csv")
+    metrics = json.loads((results / "metrics.json").read_text())
+    history = pd.read_csv(results / f"{arm}_history.csv")
+    correct = table["Ground_Truth"] == table["Prediction"]
+    assert metrics["accuracy"] == pytest.approx(correct.mean(), abs=1e-9) and metrics["n"] == len(table) == 24
+    assert (table["Is_Correct"] == correct).all()
+    assert sorted(table["Ground_Truth_Wnid"].value_counts()) == [4] * 6
+    assert set(table["Ground_Truth_Wnid"]) == set(MINI_WNIDS)
+    assert len(history) == metrics["epochs"] == 2 and metrics["best_epoch"] in (1, 2)
+    assert (metrics["n_fit"], metrics["n_holdout"], metrics["protocol"]) == (6 * 9, 6 * 3, "holdout")
+    assert metrics["precision"] == "fp32" and metrics["seconds"]["total"] > 0
+    assert (metrics["trainable_parameters"] == metrics["parameters"]) == (arm == "improvement")
+    assert "runs" not in json.dumps(metrics["config"]["data"])  # nothing of this machine's folders of data
+
+
+def test_predictions_are_the_saved_model_s(both_arms, weights):
+    """The CSV is what the best weights say of valid, row by row, computed here from the stored pieces."""
+    from safetensors.torch import load_file
+
+    from src.data.store import load_store
+
+    folder, _ = both_arms
+    built = tiny.build(folder, wnids=tuple(sorted(MINI_WNIDS)), head="attention", weights=str(weights))
+    state = load_file(next((folder / "runs").glob("improvement*/model.safetensors")))
+    built.model.load_state_dict(state)
+    store = load_store(next(path for path in (folder / "cache" / "stores").iterdir() if path.is_dir()))
+    table = pd.read_csv(folder / "results" / "Improvement" / "improvement_validation_predictions.csv")
+    where = {name: row for row, name in enumerate(store.image_ids_N.tolist())}
+    with torch.no_grad():
+        rows = [where[name] for name in table["Image_Id"]]
+        logits = built.model.eval()(built.preprocess(torch.from_numpy(store.images[rows])))
+    assert (logits.argmax(1).numpy() == table["Prediction"]).all()
+    assert (store.labels_N[rows] == table["Ground_Truth"]).all()
+    np.testing.assert_allclose(logits.softmax(1).max(1).values, table["Confidence"], atol=1e-4)
+
+
+def test_comparison_and_summary(both_arms, capsys):
+    folder, _ = both_arms
+    comparison = json.loads((folder / "results" / "comparison.json").read_text())
+    accuracies = [
+        json.loads((folder / "results" / arm.capitalize() / "metrics.json").read_text())["accuracy"] for arm in ARMS
+    ]
+    assert [comparison[arm]["accuracy"] for arm in ARMS] == accuracies
+    assert comparison["same_setup"] and (folder / "results" / "comparison.png").exists()
+    assert main(["summary", "--results", str(folder / "results")]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 3 and all(f"{a:.2%}" in line for a, line in zip(accuracies, lines[1:], strict=True))
+
+
+def test_a_finished_run_is_loaded_not_trained(both_arms, mini_counts, weights, monkeypatch):
+    folder, _ = both_arms
+    table = folder / "results" / "Improvement" / "improvement_validation_predictions.csv"
+    before = table.read_bytes()
+    table.unlink()
+    monkeypatch.setattr(experiment, "train_and_predict", None)
+    assert main(arguments(folder, "improvement", folder / "tiny-imagenet-200", small(weights))) == 0
+    assert table.read_bytes() == before
+
+
+def test_a_run_of_another_configuration_is_not_taken_over(both_arms, mini_counts, weights, capsys):
+    folder, _ = both_arms
+    before = {path: path.stat().st_mtime_ns for path in (folder / "runs").rglob("*") if path.is_file()}
+    changed = small(weights, optim__lr=0.5)
+    assert main(arguments(folder, "improvement", folder / "tiny-imagenet-200", changed)) == 2
+    said = capsys.readouterr().err
+    assert "config.optim.lr: 0.0005 -> 0.5" in said and "--runs DIR" in said and "head_lr" not in said
+    assert before == {path: path.stat().st_mtime_ns for path in (folder / "runs").rglob("*") if path.is_file()}
+
+
+def test_a_run_on_other_data_or_weights_is_not_taken_over(both_arms, pets, weights, tmp_path, capsys):
+    folder, _ = both_arms
+    assert main(arguments(folder, "improvement", pets, small(weights))) == 2
+    assert "data: " in capsys.readouterr().err
+    other = tiny.write_weights(tmp_path / "other.safetensors", n_classes=8)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sources, "TINY_COUNTS", MINI_COUNTS)
+        assert main(arguments(folder, "improvement", folder / "tiny-imagenet-200", small(other))) == 2
+    assert "weights_sha256: " in capsys.readouterr().err
+
+
+# -------------------------------------------------------------------------------------------- methods
+
+
+def test_baseline_with_cached_features_is_the_baseline_without(pets, weights, tmp_path):
+    logits, histories = [], []
+    for cached in (True, False):
+        config = own(pets, weights, "baseline", train__cache_features=cached, train__epochs=4)
+        folder = trained(config, tmp_path / str(cached)).run_folder
+        logits.append(np.load(folder / "valid_logits.npy"))
+        histories.append(checkpoint.read_json(folder / "history.json"))
+    assert list((tmp_path / "True" / "cache" / "features").glob("*.npy"))
+    assert not (tmp_path / "False" / "cache" / "features").exists()
+    assert (logits[0].argmax(1) == logits[1].argmax(1)).all()
+    np.testing.assert_allclose(logits[0], logits[1], atol=1e-4)
+    for ours, theirs in zip(*histories, strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-4)
+
+
+def test_features_are_computed_once_and_anew_for_other_weights(pets, weights, tmp_path, monkeypatch):
+    calls, original = [], Classifier.features
+    monkeypatch.setattr(Classifier, "features", lambda self, x: calls.append(len(x)) or original(self, x))
+    config = own(pets, weights, "baseline")
+    setup = prepare(config, paths(tmp_path))
+    make_batches(setup)
+    assert sum(calls) == 32
+    make_batches(prepare(with_fields(config, {"train.seed": 1}), paths(tmp_path)))
+    assert sum(calls) == 32
+    other = tiny.write_weights(tmp_path / "other.safetensors", n_classes=8)
+    make_batches(prepare(with_fields(config, {"model.weights": str(other)}), paths(tmp_path)))
+    make_batches(prepare(with_fields(config, {"model.image_size": 96}), paths(tmp_path)))
+    assert sum(calls) == 96
+
+
+def test_augmented_or_trained_images_are_not_cached(pets, weights, tmp_path):
+    for changes in ({"augment__flip": 0.5}, {"model__trainable": "all"}):
+        data, _, _ = make_batches(prepare(own(pets, weights, "baseline", **changes), paths(tmp_path)))
+        assert not data.cached
+        inputs, _ = next(data.fit.epoch(0, 0))
+        assert inputs.shape[1:] == (3, tiny.SIZE, tiny.SIZE)
+
+
+@pytest.mark.parametrize("protocol", ["holdout", "published"])
+def test_valid_is_scored_once_and_trained_on_never(pets, weights, tmp_path, monkeypatch, protocol):
+    taken, original = [], Batches._take
+    monkeypatch.setattr(Batches, "_take", lambda self, rows: taken.append(rows) or original(self, rows))
+    fitted, original_fit = [], experiment.fit
+    monkeypatch.setattr(experiment, "fit", lambda *a: (original_fit(*a), fitted.append(len(taken)))[0])
+    setup = trained(own(pets, weights, data__protocol=protocol), tmp_path)
+    in_training, after = np.concatenate(taken[: fitted[0]]), np.concatenate(taken[fitted[0] :])
+    valid = setup.splits.valid_N
+    assert len(valid) == 8 and after.tolist() == valid.tolist()
+    epochs = 2
+    if protocol == "holdout":
+        assert not np.isin(in_training, valid).any()
+        assert len(in_training) == epochs * 24
+    else:  # chosen on valid, as the study did: once an epoch, and all of train is trained on
+        assert np.isin(in_training, valid).sum() == epochs * 8
+        assert len(in_training) == epochs * (24 + 8)
+
+
+# ----------------------------------------------------------------------------------- killed and resumed
+
+
+KILLED = """
+import os, signal, sys
+import torch
+torch.set_num_threads(1)
+from src import checkpoint, train
+from src.experiment import main
+train.STEPS_BETWEEN_READS = 2
+survives, save, saved = int(sys.argv[1]), checkpoint.save, []
+
+def save_and_die(*arguments):
+    save(*arguments)
+    saved.append(1)
+    if len(saved) == survives:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+checkpoint.save = save_and_die
+sys.exit(main(sys.argv[2:]))
+"""
+
+
+def in_a_process(arguments: list[str], survives: int = 0) -> int:
+    """The command line in a process that kills itself after so many checkpoints (0: never)."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", KILLED, str(survives), *arguments]
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, timeout=600).returncode
+
+
+def outputs(folder: Path, arm: str) -> dict[str, bytes]:
+    names = (f"{arm}_history.csv", f"{arm}_validation_predictions.csv")
+    return {name: (folder / "results" / arm.capitalize() / name).read_bytes() for name in names}
+
+
+def test_a_killed_run_goes_on_to_the_same_result(pets, weights, tmp_path):
+    """SIGKILL after the first checkpoint, two steps into the first of four; then the same command again."""
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    overrides = small(weights, train__epochs=2, train__batch_size=5)
+    assert in_a_process(arguments(cut, "improvement", pets, overrides), survives=1) == -9
+    run_folder = next((cut / "runs").iterdir())
+    assert checkpoint.load_newest(run_folder)["progress"]["step"] == 2
+    assert not (cut / "results" / "Improvement").exists()
+    for folder in (cut, whole):
+        assert in_a_process(arguments(folder, "improvement", pets, overrides)) == 0
+    assert outputs(cut, "improvement") == outputs(whole, "improvement")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arm", ARMS)
+def test_a_run_killed_after_every_checkpoint_in_turn(pets, weights, tmp_path, arm):
+    """With a kill after each checkpoint the run needs as many starts as it has checkpoints."""
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    overrides = small(weights, train__epochs=3)
+    assert in_a_process(arguments(whole, arm, pets, overrides)) == 0
+    starts = 0
+    while in_a_process(arguments(cut, arm, pets, overrides), survives=1) == -9:
+        starts += 1
+        assert starts < 30
+    assert starts >= 3
+    assert outputs(cut, arm) == outputs(whole, arm)
+
+
+@pytest.mark.parametrize("stage", ["end_epoch", "save_file", "write_results"])
+def test_a_run_cut_off_between_its_stages(pets, weights, tmp_path, monkeypatch, stage):
+    """After the last epoch, before the weights are saved and before the report: nothing is lost or done twice."""
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    config = own(pets, weights, train__epochs=1)
+    expected = np.load(trained(config, tmp_path / "whole").run_folder / "valid_logits.npy")
+    with monkeypatch.context() as patch:
+        if stage == "end_epoch":
+            original = Trainer.end_epoch
+            patch.setattr(Trainer, stage, lambda self: (original(self), stop()))
+        else:
+            patch.setattr(experiment, stage, stop)
+        with pytest.raises(KeyboardInterrupt):
+            run(config, paths(tmp_path / "cut"))
+    monkeypatch.setattr(Trainer, "train_step", None)
+    result = run(config, paths(tmp_path / "cut"))
+    assert np.array_equal(np.load(result.setup.run_folder / "valid_logits.npy"), expected)
+    assert result.metrics["n"] == len(result.predictions) == 8 and result.folder.name == "Improvement"
+
+
+# ------------------------------------------------------------------------------------------ bad input
+
+
+def refused(capsys, arguments: list[str]) -> str:
+    """What the command line says of bad input: one screen, no traceback, exit status 2."""
+    assert main(arguments) == 2
+    said = capsys.readouterr().err
+    bars, _, message = said.rpartition("error: ")
+    assert not bars or bars[-1] in "\r\n"
+    assert 0 < message.count("\n") <= 20 and len(message) < 2000 and "Traceback" not in said
+    return message
+
+
+@pytest.mark.parametrize(
+    ("extra", "said"),
+    [
+        (["--profile", "fast"], "'fast' is unknown"),
+        (["--protocol", "mine"], "data.protocol = 'mine'"),
+        (["--seed", "-1"], "train.seed = -1"),
+        (["--set", "train.epoch=3"], "'train.epoch' is unknown"),
+        (["--set", "train.epochs"], "train.epochs = '' cannot be read as int"),
+        (["--set", "train.epochs=three"], "train.epochs = 'three' cannot be read as int"),
+        (["--set", "model.dropout=2"], "model.dropout = 2.0 is out of range"),
+        (["--set", "model.backbone=no_such_net"], "no_such_net"),
+        (["--set", "model.backbone=no_such_net.in1k"], "no_such_net"),
+        (["--set", "model.weights=nowhere.safetensors"], "nowhere.safetensors"),
+        (["--set", "model.attention_heads=7"], "attention_heads = 7"),
+        (["--set", "model.head_init=pretrained_rows"], "pretrained_rows"),
+        (["--set", "data.holdout_per_class=12"], "holdout_per_class"),
+        (["--data", "nowhere/at/all"], "nowhere/at/all"),
+    ],
+)
+def test_bad_input_is_refused_before_training(pets, weights, tmp_path, capsys, monkeypatch, extra, said):
+    monkeypatch.setattr(experiment, "train_and_predict", None)
+    assert said in refused(capsys, [*arguments(tmp_path, "improvement", pets, small(weights)), *extra])
+    assert not (tmp_path / "runs").exists() or not list((tmp_path / "runs").iterdir())
+
+
+@pytest.mark.parametrize("name", ["results", "runs", "cache"])
+def test_folder_that_cannot_be_written(pets, weights, tmp_path, capsys, name):
+    file = tmp_path / "file"
+    file.write_text("")
+    command = [*arguments(tmp_path, "improvement", pets, small(weights)), f"--{name}", str(file / "below")]
+    said = refused(capsys, command)
+    assert str(file / "below") in said and f"--{name}" in said
+
+
+def test_unknown_arm_is_a_usage_error(capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(["improved"])
+    assert caught.value.code == 2 and "baseline" in capsys.readouterr().err
+
+
+def test_summary_of_nothing(tmp_path, capsys):
+    assert str(tmp_path) in refused(capsys, ["summary", "--results", str(tmp_path)])
+
+
+def test_exit_status_of_the_command_itself(tmp_path):
+    command = [sys.executable, "-m", "src.experiment", "baseline", "--profile", "fast"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 2 and done.stderr.startswith("error: profile 'fast' is unknown")
+    assert "Traceback" not in done.stderr
+
+
+def test_loss_that_is_not_finite_is_one_message(pets, weights, tmp_path, capsys, monkeypatch):
+    original = Classifier.classify
+    monkeypatch.setattr(Classifier, "classify", lambda self, x: original(self, x) * float("nan"))
+    assert "the loss is nan at epoch 1" in refused(
+        capsys, arguments(tmp_path, "improvement", pets, small(weights))
+    )
+    assert not (tmp_path / "results" / "Improvement").exists()
+
+
+# ------------------------------------------------------------------------------------------ data folder
+
+
+def test_variable_names_local_data(monkeypatch):
+    monkeypatch.setenv("TINY_IMAGENET_DIR", "/some/where")
+    for profile in ("offline", "full"):
+        data = configure("baseline", profile).data
+        assert (data.source, data.path) == ("local", "/some/where")
+    assert configure("baseline", "quick").data.source == "digits"
+    assert configure("baseline", "offline", "/given").data.path == "/given"
+    assert configure("baseline", "quick", "/given").data.source == "local"
+    assert configure("baseline", "offline", "", {"data.path": "/set"}).data.path == "/set"
+    monkeypatch.delenv("TINY_IMAGENET_DIR")
+    assert configure("baseline", "full") == preset("baseline", "full")
+
+
+def test_where_the_data_lay_is_no_part_of_a_run(pets, weights, tmp_path):
+    """The same images in another place: the run goes on."""
+    config = own(pets, weights)
+    setup = prepare(config, paths(tmp_path))
+    claim_run_folder(setup)
+    moved = tmp_path / "elsewhere" / "pets"
+    moved.parent.mkdir()
+    moved.symlink_to(pets)
+    claim_run_folder(prepare(with_fields(config, {"data.path": str(moved)}), paths(tmp_path)))
+    with pytest.raises(SetupError, match="config.train.batch_size: 5 -> 6"):
+        claim_run_folder(prepare(with_fields(config, {"train.batch_size": 6}), paths(tmp_path)))
+
+
+def test_quick_never_overwrites_real_results():
+    assert Paths.of("quick").results != Paths.of("full").results == Paths.of("offline").results
+    assert Paths.of("quick", "a", "b", "c") == Paths(Path("a"), Path("b"), Path("c"))
+
+
+def test_the_loop_is_where_the_tests_patch_it():
+    assert experiment.fit is train.fit
