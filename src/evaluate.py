@@ -47,23 +47,15 @@ def prediction_frame(
     Raises `SetupError` for logits that are not finite or labels that are no class.
     """
     logits_NK, labels_N = np.asarray(logits_NK, np.float64), np.asarray(labels_N, np.int64)
-    n_rows, n_classes = logits_NK.shape
-    if not (n_rows == len(labels_N) == len(image_ids) and n_classes == len(wnids) == len(class_names)):
+    if not (logits_NK.shape == (len(labels_N), len(wnids)) == (len(image_ids), len(class_names))):
         raise SetupError(
             f"logits {logits_NK.shape} do not fit {len(labels_N)} labels, {len(image_ids)} image ids and "
             f"{len(wnids)} wnids, {len(class_names)} names of classes."
         )
-    if (bad := np.flatnonzero(~np.isfinite(logits_NK).all(axis=1))).size:
-        raise SetupError(
-            f"the model's output is NaN or infinite for {bad.size} of {n_rows} images, first "
-            f"{image_ids[bad[0]]!r}. "
-            "Train again with a lower learning rate, or without mixed precision."
-        )
-    if (bad := np.flatnonzero((labels_N < 0) | (labels_N >= n_classes))).size:
-        raise SetupError(f"label {labels_N[bad[0]]} of image {image_ids[bad[0]]!r} is none of {n_classes}.")
-    predicted_N, rows = logits_NK.argmax(axis=1), np.arange(n_rows)
+    _require_usable(logits_NK, labels_N, image_ids)
+    predicted_N, rows = logits_NK.argmax(axis=1), np.arange(len(labels_N))
     true_N1 = logits_NK[rows, labels_N][:, None]
-    earlier_NK = np.arange(n_classes) < labels_N[:, None]
+    earlier_NK = np.arange(len(wnids)) < labels_N[:, None]
     ranks_N = ((logits_NK > true_N1) | ((logits_NK == true_N1) & earlier_NK)).sum(axis=1)
     total_N = logsumexp(logits_NK, axis=1)
     wnids, class_names = np.asarray(wnids, object), np.asarray(class_names, object)
@@ -83,6 +75,17 @@ def prediction_frame(
             "Image_Id": [str(image_id) for image_id in image_ids],
         }
     )
+
+
+def _require_usable(logits_NK: np.ndarray, labels_N: np.ndarray, image_ids: Sequence[str]) -> None:
+    n_rows, n_classes = logits_NK.shape
+    if (bad := np.flatnonzero(~np.isfinite(logits_NK).all(axis=1))).size:
+        raise SetupError(
+            f"the model's output is NaN or infinite for {bad.size} of {n_rows} images, first "
+            f"{image_ids[bad[0]]!r}. Train again with a lower learning rate, or without mixed precision."
+        )
+    if (bad := np.flatnonzero((labels_N < 0) | (labels_N >= n_classes))).size:
+        raise SetupError(f"label {labels_N[bad[0]]} of image {image_ids[bad[0]]!r} is none of {n_classes}.")
 
 
 def write_predictions(frame: pd.DataFrame, path: Path) -> None:

@@ -251,42 +251,46 @@ def training_curve(history: pd.DataFrame, metadata: dict, note: str, title: str)
     best = int(metadata.get("best_epoch", history.loc[history["holdout_loss"].idxmin(), "epoch"]))
     figure = _figure(4.4, f"{title}: training, epoch by epoch", note)
     for axes, kind in zip(figure.subplots(1, 2), ("accuracy", "loss"), strict=True):
-        for side, label, colour, line in (
-            ("fit", "fit (trained on)", BLUE, "--"),
-            ("holdout", held_out, ORANGE, "-"),
-        ):
-            axes.plot(
-                history["epoch"],
-                history[f"{side}_{kind}"],
-                line,
-                color=colour,
-                label=label,
-                marker="o",
-                ms=5,
-                lw=2,
-            )
-        value = float(history.loc[history["epoch"] == best, f"holdout_{kind}"].iloc[0])
-        shown = f"{value:.2%}".replace("%", " %") if kind == "accuracy" else f"{value:.4f}"
-        axes.axvline(best, color=GREY, lw=1, ls=":")
-        axes.plot(
-            best,
-            value,
-            "*",
-            ms=17,
-            color=ORANGE,
-            mec="white",
-            mew=1.2,
-            zorder=5,
-            label=f"best epoch {best}: {shown}",
-        )
-        first, last = history["epoch"].min(), history["epoch"].max()
-        axes.set(xlabel="epoch", title=kind.capitalize(), xlim=(first - 0.5, last + 0.5))
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-        axes.margins(y=0.12)
-        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.17), ncols=1)
-        if kind == "accuracy":
-            axes.yaxis.set_major_formatter(_percent)
+        _draw_history(axes, history, kind, held_out, best)
     return figure
+
+
+def _draw_history(axes: mpl.axes.Axes, history: pd.DataFrame, kind: str, held_out: str, best: int) -> None:
+    for side, label, colour, line in (
+        ("fit", "fit (trained on)", BLUE, "--"),
+        ("holdout", held_out, ORANGE, "-"),
+    ):
+        axes.plot(
+            history["epoch"],
+            history[f"{side}_{kind}"],
+            line,
+            color=colour,
+            label=label,
+            marker="o",
+            ms=5,
+            lw=2,
+        )
+    value = float(history.loc[history["epoch"] == best, f"holdout_{kind}"].iloc[0])
+    shown = f"{value:.2%}".replace("%", " %") if kind == "accuracy" else f"{value:.4f}"
+    axes.axvline(best, color=GREY, lw=1, ls=":")
+    axes.plot(
+        best,
+        value,
+        "*",
+        ms=17,
+        color=ORANGE,
+        mec="white",
+        mew=1.2,
+        zorder=5,
+        label=f"best epoch {best}: {shown}",
+    )
+    first, last = history["epoch"].min(), history["epoch"].max()
+    axes.set(xlabel="epoch", title=kind.capitalize(), xlim=(first - 0.5, last + 0.5))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    axes.margins(y=0.12)
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.17), ncols=1)
+    if kind == "accuracy":
+        axes.yaxis.set_major_formatter(_percent)
 
 
 @styled
@@ -432,13 +436,17 @@ def _large_confusion(counts_KK: np.ndarray, names: list[str], note: str, title: 
     bar.ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     bar.ax.xaxis.set_major_formatter(_percent)
     bar.ax.xaxis.set_minor_formatter(NullFormatter())
-    listed = [
-        divmod(int(cell), n_classes) for cell in np.argsort(-wrong_KK.filled(0), axis=None, kind="stable")
-    ]
-    listed = [(i, j) for i, j in listed[:N_LISTED] if wrong_KK.filled(0)[i, j]]
+    listed = _strongest(wrong_KK.filled(0))
     _number_cells(axes, listed, n_classes)
     _list_confusions(listing, [(names[i], names[j], counts_KK[i, j], totals_K[i]) for i, j in listed])
     return figure
+
+
+def _strongest(wrong_KK: np.ndarray) -> list[tuple[int, int]]:
+    """Row and column of the largest shares, at most `N_LISTED`, none of them zero."""
+    cells = np.argsort(-wrong_KK, axis=None, kind="stable")[:N_LISTED]
+    rows, columns = np.unravel_index(cells, wrong_KK.shape)
+    return [(int(i), int(j)) for i, j in zip(rows, columns, strict=True) if wrong_KK[i, j]]
 
 
 def _number_cells(axes: mpl.axes.Axes, cells: list[tuple[int, int]], n_classes: int) -> None:

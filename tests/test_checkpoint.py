@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from src import checkpoint
-from src.checkpoint import load_newest, read_json, save, write_atomically, write_json
+from src.checkpoint import load_newest, save
+from src.files import read_json, write_atomically, write_json
 
 
 def payload(step: int) -> dict:
@@ -30,7 +31,8 @@ def test_round_trip_and_two_generations(tmp_path):
         f"checkpoint-{step:09d}.{kind}" for step in (2, 3) for kind in ("json", "pt")
     ]
     loaded = load_newest(tmp_path)
-    assert loaded["progress"] == {"epoch": 3} and torch.equal(loaded["model"]["weight"], torch.full((3,), 3.0))
+    assert loaded["progress"] == {"epoch": 3}
+    assert torch.equal(loaded["model"]["weight"], torch.full((3,), 3.0))
 
 
 def flip_a_byte(path):
@@ -44,7 +46,7 @@ DAMAGES = {
     "truncated": lambda path: path.write_bytes(path.read_bytes()[:-7]),
     "empty": lambda path: path.write_bytes(b""),
     "missing": lambda path: path.unlink(),
-    "other hash": lambda path: path.with_suffix(".json").write_text(json.dumps({"step": 3, "sha256": "0" * 64})),
+    "other hash": lambda path: path.with_suffix(".json").write_text(json.dumps({"sha256": "0" * 64})),
     "torn manifest": lambda path: path.with_suffix(".json").write_text('{"step": 3, "sha'),
     "no hash": lambda path: path.with_suffix(".json").write_text("{}"),
 }
@@ -109,8 +111,10 @@ def test_the_file_is_on_disk_before_it_takes_its_place(tmp_path, monkeypatch):
     path, seen = tmp_path / "file", []
     path.write_text("old")
     fsync, replace = os.fsync, os.replace
-    monkeypatch.setattr(os, "fsync", lambda handle: (seen.append("fsync"), fsync(handle))[1])
-    monkeypatch.setattr(os, "replace", lambda a, b: (seen.append(("replace", path.read_text())), replace(a, b))[1])
+    monkeypatch.setattr(os, "fsync", lambda handle: seen.append("fsync") or fsync(handle))
+    monkeypatch.setattr(
+        os, "replace", lambda a, b: seen.append(("replace", path.read_text())) or replace(a, b)
+    )
     write_atomically(path, lambda partial: partial.write_text("new"))
     assert seen[:2] == ["fsync", ("replace", "old")] and path.read_text() == "new"
 

@@ -136,6 +136,8 @@ def test_calibration_error_against_a_plain_loop():
         if len(inside):
             expected += len(inside) / 500 * abs(inside["Is_Correct"].mean() - inside["Confidence"].mean())
     assert score(frame)["ece"] == pytest.approx(expected)
+    neighbours = evaluate.calibration_error(np.array([0.99, 0.92]), np.array([False, True]))
+    assert neighbours == pytest.approx((0.99 + 0.08) / 2)  # two bins: over- and underconfidence do not cancel
     sure = frame.assign(Confidence=1.0, Prediction=frame["Ground_Truth"])
     assert score(sure)["ece"] == 0
 

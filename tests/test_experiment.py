@@ -20,15 +20,25 @@ from src import SetupError, checkpoint, experiment, train
 from src.config import preset, with_fields
 from src.data import sources
 from src.data.batches import Batches
-from src.experiment import Paths, claim_run_folder, configure, main, make_batches, prepare, run, train_and_predict
+from src.experiment import (
+    Paths,
+    claim_run_folder,
+    configure,
+    main,
+    make_batches,
+    prepare,
+    run,
+    train_and_predict,
+)
+from src.files import read_json
 from src.model.build import Classifier
 from src.train import Trainer
 
 ROOT = Path(__file__).resolve().parents[1]
 ARMS = ("baseline", "improvement")
 FILES = (
-    "training_curve.png", "8_correct_8_wrong.png", "per_class.png", "confusion_matrix.png", "confusion_matrix.csv",
-    "validation_predictions.csv", "history.csv", "per_class_accuracy.csv",
+    "training_curve.png", "8_correct_8_wrong.png", "per_class.png", "confusion_matrix.png",
+    "confusion_matrix.csv", "validation_predictions.csv", "history.csv", "per_class_accuracy.csv",
 )  # fmt: skip
 
 
@@ -87,6 +97,11 @@ def trained(config, folder: Path):
     return setup
 
 
+def times(folder: Path) -> dict[Path, int]:
+    """When each file below `folder` was last written."""
+    return {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
+
+
 # ----------------------------------------------------------------------------------------- end to end
 
 
@@ -120,7 +135,7 @@ def test_metrics_are_those_of_the_csv(both_arms, arm):
     metrics = json.loads((results / "metrics.json").read_text())
     history = pd.read_csv(results / f"{arm}_history.csv")
     correct = table["Ground_Truth"] == table["Prediction"]
-    assert metrics["accuracy"] == pytest.approx(correct.mean(), abs=1e-9) and metrics["n"] == len(table) == 24
+    assert metrics["accuracy"] == pytest.approx(correct.mean(), rel=1e-7) and metrics["n"] == len(table) == 24
     assert (table["Is_Correct"] == correct).all()
     assert sorted(table["Ground_Truth_Wnid"].value_counts()) == [4] * 6
     assert set(table["Ground_Truth_Wnid"]) == set(MINI_WNIDS)
@@ -155,9 +170,8 @@ def test_predictions_are_the_saved_model_s(both_arms, weights):
 def test_comparison_and_summary(both_arms, capsys):
     folder, _ = both_arms
     comparison = json.loads((folder / "results" / "comparison.json").read_text())
-    accuracies = [
-        json.loads((folder / "results" / arm.capitalize() / "metrics.json").read_text())["accuracy"] for arm in ARMS
-    ]
+    written = [folder / "results" / arm.capitalize() / "metrics.json" for arm in ARMS]
+    accuracies = [json.loads(path.read_text())["accuracy"] for path in written]
     assert [comparison[arm]["accuracy"] for arm in ARMS] == accuracies
     assert comparison["same_setup"] and (folder / "results" / "comparison.png").exists()
     assert main(["summary", "--results", str(folder / "results")]) == 0
@@ -177,12 +191,12 @@ def test_a_finished_run_is_loaded_not_trained(both_arms, mini_counts, weights, m
 
 def test_a_run_of_another_configuration_is_not_taken_over(both_arms, mini_counts, weights, capsys):
     folder, _ = both_arms
-    before = {path: path.stat().st_mtime_ns for path in (folder / "runs").rglob("*") if path.is_file()}
+    before = times(folder / "runs")
     changed = small(weights, optim__lr=0.5)
     assert main(arguments(folder, "improvement", folder / "tiny-imagenet-200", changed)) == 2
     said = capsys.readouterr().err
     assert "config.optim.lr: 0.0005 -> 0.5" in said and "--runs DIR" in said and "head_lr" not in said
-    assert before == {path: path.stat().st_mtime_ns for path in (folder / "runs").rglob("*") if path.is_file()}
+    assert before == times(folder / "runs")
 
 
 def test_a_run_on_other_data_or_weights_is_not_taken_over(both_arms, pets, weights, tmp_path, capsys):
@@ -205,7 +219,7 @@ def test_baseline_with_cached_features_is_the_baseline_without(pets, weights, tm
         config = own(pets, weights, "baseline", train__cache_features=cached, train__epochs=4)
         folder = trained(config, tmp_path / str(cached)).run_folder
         logits.append(np.load(folder / "valid_logits.npy"))
-        histories.append(checkpoint.read_json(folder / "history.json"))
+        histories.append(read_json(folder / "history.json"))
     assert list((tmp_path / "True" / "cache" / "features").glob("*.npy"))
     assert not (tmp_path / "False" / "cache" / "features").exists()
     assert (logits[0].argmax(1) == logits[1].argmax(1)).all()
@@ -321,7 +335,7 @@ def test_a_run_killed_after_every_checkpoint_in_turn(pets, weights, tmp_path, ar
 
 @pytest.mark.parametrize("stage", ["end_epoch", "save_file", "write_results"])
 def test_a_run_cut_off_between_its_stages(pets, weights, tmp_path, monkeypatch, stage):
-    """After the last epoch, before the weights are saved and before the report: nothing is lost or done twice."""
+    """After the last epoch, before the weights are saved, before the report: nothing is trained again."""
 
     def stop(*_):
         raise KeyboardInterrupt

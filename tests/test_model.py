@@ -11,8 +11,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import tiny
 import timm
+import tiny
 import torch
 from conftest import MINI_WNIDS
 from safetensors.torch import load_file, save_file
@@ -65,13 +65,13 @@ def test_every_trainable_parameter_gets_a_gradient(tmp_path, head, trainable, ba
         }
         assert all(part.abs().max() > 0 for part in parts.values())
     assert any(name.startswith("backbone.") for name in trained) == (trainable == "all")
-    fixed = {name for name, p in model.named_parameters() if not p.requires_grad and not name.startswith("backbone.")}
+    head_names = {name for name, _ in model.named_parameters() if not name.startswith("backbone.")}
     held = {f"one_token.{layer}.{kind}" for layer in ("query", "key") for kind in ("weight", "bias")}
-    assert fixed == (held if head == "as_run" else set())
+    assert head_names - set(trained) == (held if head == "as_run" else set())
 
 
 def test_attention_starts_as_the_plain_head(tmp_path):
-    plain, attention = (tiny.build(tmp_path, head=head, dropout=0.0).model.eval() for head in ("plain", "attention"))
+    plain, attention = (tiny.build(tmp_path, head=head).model.eval() for head in ("plain", "attention"))
     plain.classifier.load_state_dict(attention.classifier.state_dict())
     assert attention.spatial.gate.item() == 0
     x = batch()
@@ -188,9 +188,9 @@ def test_frozen_backbone_stays_in_eval_mode_and_out_of_the_learned_state(tmp_pat
 
 def test_multiply_adds_are_the_published_ones():
     """ConvNeXt paper, table 1: 4.5 G at 224; EfficientNet-Lite0's repository: 407 M."""
-    for tag, published, tolerance in [("convnext_tiny", 4.5e9, 0.02), ("tf_efficientnet_lite0", 0.407e9, 0.07)]:
+    for tag, published, tolerance in [("convnext_tiny", 4.5e9, 0.02), ("tf_efficientnet_lite0", 407e6, 0.07)]:
         with torch.device("meta"):
-            model = Classifier(timm.create_model(tag, pretrained=False, num_classes=0), 1000, ModelConfig())
+            model = Classifier(timm.create_model(tag, num_classes=0), 1000, ModelConfig())
         assert gmacs(model.train(), 224) * 1e9 == pytest.approx(published, rel=tolerance)
         assert model.training
 
@@ -230,8 +230,11 @@ def test_weights_file_missing_corrupt_or_of_another_network(tmp_path):
     half = tmp_path / "half.safetensors"
     save_file(dict(list(tiny.state(tiny.CONVNEXT).items())[:-6]), half)
     for file, said in [
-        (missing, "no such file"), (corrupt, "cannot be read"), (other, "does not fit"), (half, "does not fit"),
-    ]:  # fmt: skip
+        (missing, "no such file"),
+        (corrupt, "cannot be read"),
+        (other, "does not fit"),
+        (half, "does not fit"),
+    ]:
         with pytest.raises(SetupError, match=said) as caught:
             tiny.build(tmp_path, weights=str(file))
         assert str(file) in str(caught.value) and len(str(caught.value)) < 1500
@@ -272,7 +275,7 @@ def test_pinned_hash_is_checked(tmp_path, monkeypatch):
     file = tiny.write_weights(tmp_path / "w.safetensors")
     digest = hashlib.sha256(file.read_bytes()).hexdigest()
     asked = []
-    monkeypatch.setattr(building, "hf_hub_download", lambda *args, **kw: asked.append((args, kw)) or str(file))
+    monkeypatch.setattr(building, "hf_hub_download", lambda *a, **k: asked.append((a, k)) or str(file))
     monkeypatch.setattr(building, "PINNED_WEIGHTS", {tiny.CONVNEXT: ("abc123", digest)})
     assert tiny.build(tmp_path, weights="hub").weights_sha256 == digest
     assert asked == [((f"timm/{tiny.CONVNEXT}", "model.safetensors"), {"revision": "abc123"})]
@@ -377,7 +380,7 @@ def test_package_weights_recognise_photographs():
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not os.environ.get("TINY_IMAGENET_DIR"), reason="TINY_IMAGENET_DIR does not name the real data")
+@pytest.mark.skipif("TINY_IMAGENET_DIR" not in os.environ, reason="TINY_IMAGENET_DIR names no real data")
 def test_package_weights_recognise_tiny_imagenet(tmp_path):
     """The 1000-way head restricted to the 200 classes, untrained on these images."""
     config = DataConfig(source="local", path=os.environ["TINY_IMAGENET_DIR"])

@@ -22,20 +22,22 @@ def test_groups_hold_every_trainable_parameter_once(tmp_path, head, trainable):
     grouped = [id(p) for group in groups for p in group["params"]]
     trainable_ids = [id(p) for p in model.parameters() if p.requires_grad]
     assert sorted(grouped) == sorted(trainable_ids) and len(set(grouped)) == len(grouped)
-    assert {g["name"].split("/")[0] for g in groups} == ({"head"} if trainable == "none" else {"backbone", "head"})
+    parts = {group["name"].split("/")[0] for group in groups}
+    assert parts == ({"head"} if trainable == "none" else {"backbone", "head"})
 
 
 def test_rates_and_decay_by_name(tmp_path):
     model = tiny.build(tmp_path, head="attention", trainable="all").model
     names = {id(p): name for name, p in model.named_parameters()}
-    for group in parameter_groups(model, CONFIG):
+    groups = parameter_groups(model, CONFIG)
+    for group in groups:
         for parameter in group["params"]:
             name = names[id(parameter)]
             on_backbone = name.startswith("backbone.")
             assert group["lr"] == group["base_lr"] == (CONFIG.lr if on_backbone else CONFIG.head_lr), name
             exempt = parameter.ndim < 2 or name.endswith((".bias", "gate", "gamma"))
             assert group["weight_decay"] == (0.0 if exempt else CONFIG.weight_decay), name
-    decayed = {names[id(p)] for g in parameter_groups(model, CONFIG) if g["weight_decay"] for p in g["params"]}
+    decayed = {names[id(p)] for g in groups if g["weight_decay"] for p in g["params"]}
     assert {"classifier.weight", "spatial.qkv.weight", "spatial.proj.weight"} <= decayed
     assert not {"spatial.gate", "spatial.norm.weight", "classifier.bias"} & decayed
 
@@ -47,7 +49,7 @@ def test_one_step_is_the_formula(tmp_path):
     set_lr(optimizer, 0.5)
     generator, expected = torch.Generator().manual_seed(0), {}
     for name, p in model.named_parameters():
-        p.grad = torch.empty_like(p).normal_(generator=generator)  # in p's memory layout, as autograd gives it
+        p.grad = torch.empty_like(p).normal_(generator=generator)  # laid out as p, as autograd does
         lr = 0.5 * (CONFIG.lr if name.startswith("backbone.") else CONFIG.head_lr)
         decay = CONFIG.weight_decay if p.ndim > 1 else 0.0
         expected[name] = p.detach() * (1 - lr * decay) - lr * p.grad / (p.grad.abs() + 1e-8)
@@ -56,7 +58,7 @@ def test_one_step_is_the_formula(tmp_path):
         torch.testing.assert_close(p.detach(), expected[name], atol=1e-6, rtol=1e-5, msg=name)
 
 
-@pytest.mark.parametrize(("total", "warmup"), [(50, 0.2), (37, 0.1), (20, 0.0), (10, 1.0), (7, 0.3), (1, 0.0)])
+@pytest.mark.parametrize(("total", "warmup"), [(50, 0.2), (37, 0.1), (20, 0), (10, 1), (7, 0.3), (1, 0)])
 @pytest.mark.parametrize("schedule", ["cosine", "constant"])
 def test_schedule_is_torch_s(total, warmup, schedule):
     config = OptimConfig(schedule=schedule, warmup_fraction=warmup)

@@ -37,7 +37,7 @@ ABOUT = {
 }
 NAMES = [
     "golden retriever",
-    "$5 bill",
+    r"$\frac{ $5 bill",
     "a class, with a very long name that no margin can hold",
     "crane",
     "crane",

@@ -81,8 +81,7 @@ def test_a_step_is_adamw_on_the_clipped_gradient_at_the_scheduled_rate(tmp_path)
     assert norm > 0.5
     n_steps = config.train.epochs * len(subject.data.fit)
     factor = 1 / round(0.5 * n_steps)
-    for (name, ours), p in zip(subject.model.named_parameters(), reference.named_parameters(), strict=True):
-        p = p[1]
+    for (name, ours), p in zip(subject.model.named_parameters(), reference.parameters(), strict=True):
         gradient = p.grad * (0.5 / norm)
         lr = factor * (config.optim.lr if name.startswith("backbone.") else config.optim.head_lr)
         decay = config.optim.weight_decay if p.ndim > 1 else 0.0
@@ -104,7 +103,8 @@ def test_history_is_sums_over_rows(tmp_path):
 
     def rows(batches):
         with torch.no_grad():
-            logits_NK = model(batches.preprocess(torch.from_numpy(batches.rows[batches.index_M]))).double().numpy()
+            inputs = batches.preprocess(torch.from_numpy(batches.rows[batches.index_M]))
+            logits_NK = model(inputs).double().numpy()
         logp_NK = logits_NK - np.log(np.exp(logits_NK).sum(1, keepdims=True))
         labels_N = batches.labels_N[batches.index_M]
         nll_N = -logp_NK[np.arange(len(labels_N)), labels_N]
@@ -135,9 +135,11 @@ def test_frozen_backbone_keeps_parameters_and_buffers(tmp_path):
     changed = {}
     for trainable in ("none", "all"):
         model, _ = run(tmp_path, tiny.config(train__epochs=1), trainable, trainable=trainable, **fields)
-        changed[trainable] = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
+        after = model.state_dict()
+        changed[trainable] = {name for name in before if not torch.equal(after[name], before[name])}
     assert changed["none"] == {name for name in before if not name.startswith("backbone.")}
-    assert {"backbone.bn1.running_mean", "backbone.conv_stem.weight"} <= changed["all"]  # so the test can fail
+    # so that the test can fail
+    assert {"backbone.bn1.running_mean", "backbone.conv_stem.weight"} <= changed["all"]
     saved = checkpoint.load_newest(tmp_path / "none")
     assert not [name for part in ("model", "best") for name in saved[part] if name.startswith("backbone.")]
 
@@ -147,7 +149,8 @@ def test_only_the_config_s_seed_matters(tmp_path):
     states = []
     for number, seed in enumerate([0, 0, 1]):
         torch.manual_seed(number)
-        states.append(run(tmp_path, with_fields(config, {"train.seed": seed}), f"run{number}")[0].state_dict())
+        model, _ = run(tmp_path, with_fields(config, {"train.seed": seed}), f"run{number}")
+        states.append(model.state_dict())
     assert same_state(states[0], states[1]) and not same_state(states[0], states[2])
 
 
@@ -251,7 +254,8 @@ def kill_after(monkeypatch, method: str, calls: int) -> None:
 
 @pytest.mark.parametrize("backbone", [tiny.CONVNEXT, tiny.EFFICIENTNET])
 @pytest.mark.parametrize(
-    ("method", "calls"), [("end_epoch", 1), ("end_epoch", 2), ("end_epoch", 3), ("save", 1), ("save", 3), ("train_step", 5)]
+    ("method", "calls"),
+    [("end_epoch", 1), ("end_epoch", 2), ("end_epoch", 3), ("save", 1), ("save", 3), ("train_step", 5)],
 )
 def test_a_run_cut_off_anywhere_ends_as_one_that_was_not(
     tmp_path, monkeypatch, uninterrupted, backbone, method, calls
@@ -277,7 +281,8 @@ def test_a_damaged_checkpoint_costs_time_only(tmp_path, monkeypatch, uninterrupt
     newest.write_bytes(newest.read_bytes()[:1000])
     model, progress = run(tmp_path, RECIPE, backbone=tiny.CONVNEXT)
     expected_model, expected = uninterrupted(tiny.CONVNEXT)
-    assert progress.history == expected.history and same_state(model.state_dict(), expected_model.state_dict())
+    assert progress.history == expected.history
+    assert same_state(model.state_dict(), expected_model.state_dict())
 
 
 def test_checkpoint_interval(tmp_path, monkeypatch):
@@ -302,7 +307,8 @@ def test_cached_features_train_the_same_head(tmp_path, monkeypatch):
     with torch.no_grad():
         features = built.model.features(built.preprocess(torch.from_numpy(images.fit.rows))).numpy()
     parts = [
-        Batches(features, part.labels_N, part.index_M, part.batch_size, part.device) for part in (images.fit, images.holdout)
+        Batches(features, part.labels_N, part.index_M, part.batch_size, part.device)
+        for part in (images.fit, images.holdout)
     ]
     monkeypatch.setattr(built.model, "features", None)
     (tmp_path / "cached").mkdir()

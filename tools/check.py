@@ -26,7 +26,8 @@ MEGABYTE = 1_000_000
 LARGE_FILES: dict[str, str] = {}
 # What the README may name though git holds no such file: what runs write, and the data set's own files.
 WRITTEN_BY_RUNS = (".venv/", "cache/", "runs/", "results/quick/")
-NOT_OURS = ("val_annotations.txt", "wnids.txt", "words.txt", "model.safetensors", "tiny-imagenet-200/")
+NOT_OURS = ("val_annotations.txt", "wnids.txt", "words.txt", "model.safetensors")
+DATA_FOLDERS = ("tiny-imagenet-200/", "train/", "valid/", "val/")
 PATH_ENDING = r"\.(py|ipynb|md|json|csv|png|txt|toml|cff|typ|pdf|yml|safetensors)$|/$"
 RELATIVE_TOLERANCE = 1e-5  # losses and confidences are rounded in the CSV; counts and accuracies are not
 
@@ -40,14 +41,16 @@ def tracked(root: Path) -> list[str]:
 
 def lint(root: Path) -> list[str]:
     """ruff's rules and ruff's format."""
-    failures = []
-    for command in (["check", "--quiet", "--output-format", "concise"], ["format", "--check", "--quiet"]):
-        done = subprocess.run(
+    rules, layout = (
+        subprocess.run(
             [sys.executable, "-m", "ruff", *command, "."], cwd=root, capture_output=True, text=True
         )
-        lines = (done.stdout + done.stderr).strip().splitlines()
-        if done.returncode:
-            failures += [f"ruff {command[0]}: {line}" for line in lines or ["not formatted: make format"]]
+        for command in (("check", "--quiet", "--output-format", "concise"), ("format", "--check"))
+    )
+    failures = [f"ruff check: {line}" for line in (rules.stdout + rules.stderr).strip().splitlines()]
+    if layout.returncode:
+        names = sorted(set(re.findall(r"[\w./-]+\.(?:py|ipynb)\b", layout.stdout + layout.stderr)))
+        failures.append(f"ruff format: run `make format` for {', '.join(names) or 'the lot'}")
     return failures
 
 
@@ -123,7 +126,11 @@ def _is_path(token: str, files: list[str]) -> bool:
 def _exists(token: str, files: list[str], root: Path) -> bool:
     """Whether a path or glob (`<arm>` stands for anything) is tracked, written by runs, or not ours."""
     pattern = re.sub(r"<[^>]*>|\{[^}]*\}|…|\.\.\.", "*", token.removeprefix("./"))
-    if pattern.startswith(WRITTEN_BY_RUNS) or pattern in NOT_OURS or (root / pattern).exists():
+    if (
+        pattern.startswith(WRITTEN_BY_RUNS)
+        or pattern in (*NOT_OURS, *DATA_FOLDERS)
+        or (root / pattern).exists()
+    ):
         return True
     if "/" not in pattern:
         return any(fnmatch(name.rsplit("/", 1)[-1], pattern) for name in files)
