@@ -204,12 +204,12 @@ PROFILES = {
         "data.source": "digits",
         "augment.flip": 0.0,  # a mirrored digit is no digit
         "model.image_size": 64,
-        "train.batch_size": 64,
+        "train.batch_size": 32,
     },
     "offline": {**_LITE0, "data.source": "local", "model.image_size": 96},
     "full": {},
 }
-ARM_LENGTHS = {("baseline", "quick"): 20, ("improvement", "quick"): 8, ("improvement", "offline"): 4}
+ARM_LENGTHS = {("baseline", "quick"): 20, ("improvement", "quick"): 12, ("improvement", "offline"): 4}
 
 
 def preset(arm: str, profile: str, overrides: dict[str, object] | None = None) -> Config:

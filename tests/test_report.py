@@ -13,7 +13,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image
 
-from src import report
+from src import figures, report
 from src.evaluate import compare, prediction_frame, read_predictions, score, write_predictions
 from src.files import write_json
 
@@ -139,7 +139,7 @@ def test_right_and_wrong_samples(n_right, n_wrong):
         asked.append(np.asarray(rows))
         return images(rows)
 
-    text = said(report.right_and_wrong(frame, spy, "note", "Baseline"))
+    text = said(figures.right_and_wrong(frame, spy, "note", "Baseline"))
     rows = np.concatenate(asked)
     right = frame["Is_Correct"].to_numpy()[rows]
     assert (right.sum(), (~right).sum()) == (min(8, n_right), min(8, n_wrong))
@@ -147,40 +147,42 @@ def test_right_and_wrong_samples(n_right, n_wrong):
     assert text.count("✓") == min(8, n_right) and text.count("✗") == min(8, n_wrong)
     for _, row in frame.iloc[rows].iterrows():
         assert f"{100 * row['Confidence']:.0f} % sure" in text
-        assert report._clean(row["Ground_Truth_Name"], 24) in text
-        assert report._clean(row["Prediction_Name"], 24) in text
+        assert figures.clean(row["Ground_Truth_Name"], 24) in text
+        assert figures.clean(row["Prediction_Name"], 24) in text
 
 
 def test_every_image_stands_with_its_own_row():
     frame = make_frame(10, 8, gain=1.2)
-    figure = report.class_samples(frame, images, "note", "Baseline")
+    figure = figures.class_samples(frame, images, "note", "Baseline")
     shown = [axes for part in figure.subfigs for axes in part.axes if axes.get_images()]
     assert len(shown) == 10
     for k, axes in enumerate(shown):
         row = int(axes.get_images()[0].get_array()[0, 0, 0])
         assert frame["Ground_Truth"].iloc[row] == k
-        assert axes.get_title(loc="center") == report._clean(frame["Ground_Truth_Name"].iloc[row], 24)
-        assert report._clean(frame["Prediction_Name"].iloc[row], 24) in axes.get_xlabel()
+        assert axes.get_title(loc="center") == figures.clean(frame["Ground_Truth_Name"].iloc[row], 24)
+        assert figures.clean(frame["Prediction_Name"].iloc[row], 24) in axes.get_xlabel()
         assert f"{frame['Confidence'].iloc[row]:.0%}".rstrip("%") in axes.get_xlabel()
 
 
 def test_at_most_sixteen_classes_are_sampled():
-    figure = report.class_samples(make_frame(40, 2), images, "note", "Baseline")
+    figure = figures.class_samples(make_frame(40, 2), images, "note", "Baseline")
     assert sum(bool(axes.get_images()) for part in figure.subfigs for axes in part.axes) == 16
 
 
 def test_training_curve_marks_the_best_epoch():
-    figure = report.training_curve(make_history(5), {**ABOUT, "best_epoch": 4}, "note", "Baseline")
+    figure = figures.training_curve(make_history(5), {**ABOUT, "best_epoch": 4}, "note", "Baseline")
     text = said(figure)
     assert "best epoch 4: 82.50 %" in text and "best epoch 4: 0.3750" in text
     assert "fit (trained on)" in text and "holdout (chosen on)" in text
-    published = report.training_curve(make_history(5), {**ABOUT, "protocol": "published"}, "note", "Baseline")
+    published = figures.training_curve(
+        make_history(5), {**ABOUT, "protocol": "published"}, "note", "Baseline"
+    )
     assert "holdout" not in said(published) and "valid (chosen and reported on)" in said(published)
 
 
 def test_small_confusion_names_every_class_and_counts_every_cell():
     counts_KK = np.array([[5, 2], [0, 7]])
-    figure = report.confusion_figure(counts_KK, ["cat", "dog"], "note", "Baseline")
+    figure = figures.confusion_figure(counts_KK, ["cat", "dog"], "note", "Baseline")
     axes = figure.axes[0]
     assert [t.get_text() for t in axes.get_yticklabels()] == ["cat", "dog"]
     assert [t.get_text() for t in axes.get_xticklabels()] == ["cat", "dog"]
@@ -194,7 +196,7 @@ def test_large_confusion_lists_the_strongest_by_name():
     for rank, (i, j) in enumerate(strongest):
         counts_KK[i, j] = 10 if rank < 3 else 2
     names = [f"thing {k}" for k in range(200)]
-    figure = report.confusion_figure(counts_KK, names, "note", "Baseline")
+    figure = figures.confusion_figure(counts_KK, names, "note", "Baseline")
     matrix, listing = figure.axes[0], figure.axes[1]
     lines = [t.get_text() for t in listing.texts]
     assert sum("→" in line for line in lines) == 15
@@ -204,7 +206,7 @@ def test_large_confusion_lists_the_strongest_by_name():
     assert sorted(int(t.get_text()) for t in matrix.texts) == list(range(1, 16))
     first = next(line for line in lines if "→" in line)
     i, j = (names.index(part) for part in first.replace("→ ", "").split("  ")[0].split("\n"))
-    order = report.similarity_order(counts_KK).tolist()
+    order = figures.similarity_order(counts_KK).tolist()
     number_one = next(t for t in matrix.texts if t.get_text() == "1")
     assert number_one.xy == (order.index(j), order.index(i))
 
@@ -216,7 +218,7 @@ def test_order_puts_classes_beside_those_they_are_taken_for():
     for group in shuffled.reshape(20, 3):
         for i in group:
             counts_KK[i, group] += 3
-    order = report.similarity_order(counts_KK)
+    order = figures.similarity_order(counts_KK)
     assert sorted(order) == list(range(60))
     group_of = {int(k): g for g, group in enumerate(shuffled.reshape(20, 3)) for k in group}
     assert sum(group_of[a] != group_of[b] for a, b in zip(order[:-1], order[1:], strict=True)) == 19
@@ -224,7 +226,7 @@ def test_order_puts_classes_beside_those_they_are_taken_for():
 
 def test_no_confusion_at_all_can_be_drawn():
     text = said(
-        report.confusion_figure(5 * np.eye(50, dtype=int), [f"n {k}" for k in range(50)], "note", "B")
+        figures.confusion_figure(5 * np.eye(50, dtype=int), [f"n {k}" for k in range(50)], "note", "B")
     )
     assert "No confusions" in text
 
@@ -234,14 +236,14 @@ def every_figure() -> dict[str, Figure]:
     note = report.footer({**ABOUT, "data": "zh-plus/tiny-imagenet, " + 8 * "a long description of it, "})
     names = [report.class_texts(table) for table in (frame, large)]
     return {
-        "curve": report.training_curve(make_history(12), ABOUT, note, "Improvement"),
-        "one epoch": report.training_curve(make_history(1), ABOUT, note, "Improvement"),
-        "samples": report.right_and_wrong(frame, images, note, "Improvement"),
-        "classes": report.class_samples(large, images, note, "Improvement"),
-        "small": report.confusion_figure(
+        "curve": figures.training_curve(make_history(12), ABOUT, note, "Improvement"),
+        "one epoch": figures.training_curve(make_history(1), ABOUT, note, "Improvement"),
+        "samples": figures.right_and_wrong(frame, images, note, "Improvement"),
+        "classes": figures.class_samples(large, images, note, "Improvement"),
+        "small": figures.confusion_figure(
             report.confusion(frame, 10), list(names[0].values()), note, "Improvement"
         ),
-        "large": report.confusion_figure(
+        "large": figures.confusion_figure(
             report.confusion(large, 200), list(names[1].values()), note, "Improvement"
         ),
     }
@@ -314,11 +316,11 @@ def test_comparison(tmp_path):
     assert all(lost["change"] < 0 for lost in result["classes_lost"])
     with Image.open(tmp_path / "comparison.png") as picture:
         assert picture.width == 1170
-    figure = report.comparison_figure(result, report.footer(ABOUT))
+    figure = figures.comparison_figure(result, report.footer(ABOUT))
     assert_legible(figure, "comparison")
     text = said(figure)
     assert f"{100 * expected['a']['accuracy']:.2f} %" in text and "McNemar" in text
-    assert report._clean(result["classes_gained"][0]["name"], 28) in text
+    assert figures.clean(result["classes_gained"][0]["name"], 28) in text
     assert "also differ" not in text
 
 
@@ -327,7 +329,7 @@ def test_comparison_says_what_else_differs(tmp_path):
     result = report.write_comparison(tmp_path)
     assert result["same_setup"] is False
     assert result["setup_differences"] == ["backbone: some_net.in1k / another.in22k", "image_size: 96 / 224"]
-    text = said(report.comparison_figure(result, "note"))
+    text = said(figures.comparison_figure(result, "note"))
     assert "also differ in backbone, image_size" in text
 
 
