@@ -256,8 +256,24 @@ def test_hub_tag_needs_a_pinned_revision():
 def test_backbone_without_feature_map_is_refused(tmp_path, tag):
     file = tmp_path / "vit.safetensors"
     save_file(timm.create_model(tag, pretrained=False).state_dict(), file)
-    with pytest.raises(SetupError, match=f"{tag}.*feature map"):
+    with pytest.raises(SetupError, match=f"{tag}.*(no spatial feature map|does not take images)"):
         tiny.build(tmp_path, backbone=tag, weights=str(file))
+
+
+@pytest.mark.parametrize("head", ["plain", "attention"])
+def test_backbone_with_channels_last_maps(tmp_path, head):
+    """Swin's maps are (B,h,w,C): the same network in either layout gives the same logits."""
+    model = open_gate(tiny.build(tmp_path, head=head).model.eval(), 0.5)
+    images = batch(2)
+    expected = model(images)
+    forward_features, forward_head = model.backbone.forward_features, model.backbone.forward_head
+    model.backbone.forward_features = lambda x: forward_features(x).permute(0, 2, 3, 1)
+    model.backbone.forward_head = lambda x, pre_logits: forward_head(
+        x.permute(0, 3, 1, 2), pre_logits=pre_logits
+    )
+    assert building._is_nhwc(model.backbone, "a tag", tiny.SIZE)
+    model.nhwc = True
+    torch.testing.assert_close(model(images), expected)
 
 
 def test_package_has_one_network():

@@ -43,9 +43,10 @@ class Classifier(nn.Module):
     `forward` is one after the other.
     """
 
-    def __init__(self, backbone: nn.Module, n_classes: int, config: ModelConfig) -> None:
+    def __init__(self, backbone: nn.Module, n_classes: int, config: ModelConfig, nhwc: bool = False) -> None:
         super().__init__()
         self.backbone = backbone
+        self.nhwc = nhwc  # the backbone's feature maps are (B,h,w,C), as Swin's
         self.frozen = config.trainable == "none"
         width = backbone.num_features
         pooled_width = getattr(backbone, "head_hidden_size", width)
@@ -70,13 +71,17 @@ class Classifier(nn.Module):
     def features(self, images_BCHW: torch.Tensor) -> torch.Tensor:
         """Normalised float (B,3,H,W) -> feature map (B,C,h,w) for spatial attention, else pooled (B,D)."""
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
-            map_BCHW = self.backbone.forward_features(images_BCHW)
-            return map_BCHW if self.spatial else self.backbone.forward_head(map_BCHW, pre_logits=True)
+            feature_map = self.backbone.forward_features(images_BCHW)
+            if not self.spatial:
+                return self.backbone.forward_head(feature_map, pre_logits=True)
+            return feature_map.permute(0, 3, 1, 2) if self.nhwc else feature_map
 
     def classify(self, features: torch.Tensor) -> torch.Tensor:
         """What `features` returned -> logits_BK."""
         if self.spatial:
-            features = self.backbone.forward_head(self.spatial(features), pre_logits=True)
+            map_BCHW = self.spatial(features)
+            feature_map = map_BCHW.permute(0, 2, 3, 1) if self.nhwc else map_BCHW
+            features = self.backbone.forward_head(feature_map, pre_logits=True)
         if self.one_token:
             features = self.one_token(features)
         return self.classifier(self.dropout(features))
@@ -108,6 +113,7 @@ def build_model(config: ModelConfig, wnids: tuple[str, ...], seed: int) -> Built
     weights that cannot be had: there is never a silent random start.
     """
     tag, _, revision = config.backbone.partition("@")
+    _require_known(tag)
     path, expected_sha256 = _weights_file(tag, revision, config.weights)
     sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
     if expected_sha256 and sha256 != expected_sha256:
@@ -120,8 +126,8 @@ def build_model(config: ModelConfig, wnids: tuple[str, ...], seed: int) -> Built
         torch.manual_seed(seed)
         rows = _initial_rows(config.head_init, backbone, wnids)
         backbone.reset_classifier(0)
-        _require_feature_map(backbone, tag, config.image_size)
-        model = Classifier(backbone, len(wnids), config)
+        nhwc = _is_nhwc(backbone, tag, config.image_size)
+        model = Classifier(backbone, len(wnids), config, nhwc)
     if rows is not None:
         with torch.no_grad():
             model.classifier.weight.copy_(rows[0])
@@ -144,6 +150,18 @@ def gmacs(model: Classifier, image_size: int) -> float:
         model(image)
     model.train(was_training)
     return counter.get_total_flops() / 2e9
+
+
+def _require_known(tag: str) -> None:
+    """Refuse what is no full tag of timm's: a bare architecture would mean other weights in each version."""
+    architecture = tag.split(".")[0]
+    tags = timm.list_pretrained(f"{architecture}.*")
+    if tag not in tags:
+        near = tags or timm.list_pretrained(f"{architecture[:8]}*") or list(PINNED_WEIGHTS)
+        raise SetupError(
+            f"backbone {tag!r} is not one of timm's full tags (architecture.weights), "
+            f"such as: {', '.join(near[:5])}."
+        )
 
 
 def _weights_file(tag: str, revision: str, weights: str) -> tuple[Path, str]:
@@ -189,9 +207,6 @@ def _package_file(tag: str) -> Path:
 
 def _load(tag: str, path: Path) -> nn.Module:
     """The timm model `tag` with the state in `path`, its classifier as large as the file's."""
-    if "." not in tag or not timm.is_model(tag.split(".")[0]):
-        known = ", ".join(timm.list_models("*convnext*tiny*", pretrained=True)[:4])
-        raise SetupError(f"backbone {tag!r} is not a full timm tag (architecture.weights), such as: {known}.")
     try:
         if path.suffix == ".safetensors":
             state = load_file(path)
@@ -250,12 +265,19 @@ def _initial_rows(
 
 
 @torch.no_grad()
-def _require_feature_map(backbone: nn.Module, tag: str, image_size: int) -> None:
-    training = backbone.training
-    shape = tuple(backbone.eval().forward_features(torch.zeros(1, 3, image_size, image_size)).shape)
-    backbone.train(training)
-    if len(shape) != 4 or shape[1] != backbone.num_features:
+def _is_nhwc(backbone: nn.Module, tag: str, image_size: int) -> bool:
+    """Whether the last feature map is (B,h,w,C) instead of (B,C,h,w); `SetupError` where it is neither."""
+    try:
+        shape = tuple(backbone.eval().forward_features(torch.zeros(1, 3, image_size, image_size)).shape)
+    except (AssertionError, RuntimeError) as error:
+        reason = str(error).splitlines()[0]
         raise SetupError(
-            f"backbone {tag!r} has no (B,C,H,W) feature map (it gives {shape}); "
-            "choose a convolutional one, such as convnext_tiny.fb_in1k."
-        )
+            f"backbone {tag!r} does not take images of model.image_size = {image_size}: {reason}. "
+            f"Its weights were made at {backbone.pretrained_cfg['input_size'][-1]} px."
+        ) from None
+    if len(shape) == 4 and backbone.num_features in (shape[1], shape[3]):
+        return shape[1] != backbone.num_features
+    raise SetupError(
+        f"backbone {tag!r} has no spatial feature map (it gives {shape}); "
+        "choose a convolutional one, such as convnext_tiny.fb_in1k."
+    )
