@@ -18,7 +18,10 @@ GENERATIONS = 2
 
 
 def save(folder: Path, step: int, payload: dict) -> None:
-    """Write checkpoint number `step` and drop all but the newest two."""
+    """Write checkpoint number `step`; of those up to it keep the newest two.
+
+    Later ones, which a resume passed over as damaged, and leavings of a killed write go as well.
+    """
     path = folder / f"checkpoint-{step:09d}.pt"
     hashes: list[str] = []
 
@@ -28,10 +31,10 @@ def save(folder: Path, step: int, payload: dict) -> None:
 
     write_atomically(path, write)
     write_json(path.with_suffix(".json"), {"step": step, "sha256": hashes[0]})
-    for old in sorted(folder.glob("checkpoint-*.json"))[:-GENERATIONS]:
-        old.unlink()
-    for old in sorted(folder.glob("checkpoint-*.pt"))[:-GENERATIONS]:
-        old.unlink()
+    numbered = sorted(old.stem for old in folder.glob("checkpoint-*.pt") if old.stem <= path.stem)
+    for old in [*folder.glob("checkpoint-*"), *folder.glob(".checkpoint-*.partial")]:
+        if old.stem not in numbered[-GENERATIONS:]:
+            old.unlink()
 
 
 def load_newest(folder: Path) -> dict | None:

@@ -164,6 +164,7 @@ RANGES = {
     "train.batch_size": (2, 10**5),
     "train.patience": (1, 10**5),
     "train.seed": (0, 2**31 - 1),
+    "train.checkpoint_minutes": (0, 1e6),
 }
 
 BASELINE = Config(
@@ -304,6 +305,6 @@ def _convert(hint: typing.Any, value: object, name: str) -> object:
         if hint is int and float(value) != int(float(value)):
             raise ValueError
         return int(float(value)) if hint is int else hint(value)
-    except (ValueError, TypeError, KeyError):
+    except (ValueError, TypeError, KeyError, OverflowError):
         wanted = getattr(hint, "__name__", str(hint))
         raise SetupError(f"{name} = {value!r} cannot be read as {wanted}.") from None

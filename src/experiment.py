@@ -18,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from src import SetupError, report
@@ -35,6 +36,7 @@ from src.predict import cached_features, one_pass
 from src.train import FitData, Progress, fit
 
 DATA_VARIABLE = "TINY_IMAGENET_DIR"
+FINISHED = ("model.safetensors", "facts.json", "history.json", "valid_logits.npy")  # what a run leaves
 
 
 @dataclass(frozen=True)
@@ -104,10 +106,13 @@ def run(config: Config, paths: Paths) -> Result:
     """Train (or go on, or load what a finished run left), score `valid` once, write the arm's results."""
     setup = prepare(config, paths)
     claim_run_folder(setup)
-    if not (setup.run_folder / "valid_logits.npy").exists():
+    if not all((setup.run_folder / name).exists() for name in FINISHED):
         train_and_predict(setup)
-    state = load_file(setup.run_folder / "model.safetensors")
-    setup.model.load_state_dict(state, strict=False)
+    weights = setup.run_folder / "model.safetensors"
+    try:
+        setup.model.load_state_dict(load_file(weights), strict=False)
+    except SafetensorError as error:
+        raise SetupError(f"{weights} is damaged ({error}). Delete it and run again.") from None
     setup.model.eval()
     return write_results(setup)
 
@@ -295,7 +300,9 @@ def configure(
 ) -> Config:
     """The preset under the profile; `data_dir`, or else the variable TINY_IMAGENET_DIR, names local data."""
     config = configs.preset(arm, profile, overrides)
-    if not data_dir and config.data.source in ("local", "hub") and not config.data.path:
+    hub_asked_for = (overrides or {}).get("data.source") == "hub"
+    local_or_default = config.data.source == "local" or (config.data.source == "hub" and not hub_asked_for)
+    if not data_dir and not config.data.path and local_or_default:
         data_dir = os.environ.get(DATA_VARIABLE, "")
     if data_dir:
         config = configs.with_fields(config, {"data.source": "local", "data.path": data_dir})

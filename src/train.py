@@ -6,6 +6,7 @@ randomness is derived from (seed, epoch, step), so a run that was cut off ends a
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -143,7 +144,8 @@ class Trainer:
         set_lr(self.optimizer, lr_at(step, self.config.train.epochs * n_steps, optim))
         torch.manual_seed(derived_seed(self.config.train.seed, progress.epoch, progress.step, DROPOUT_STREAM))
         sums = torch.zeros(2, dtype=torch.float64, device=self.device.torch_device)
-        micro_batches = (part.split(self.device.micro_batch) for part in (inputs, labels_B))
+        n_parts = -(-len(labels_B) // self.device.micro_batch)  # even parts: none is a single image
+        micro_batches = (part.tensor_split(n_parts) for part in (inputs, labels_B))
         for x, y in zip(*micro_batches, strict=True):
             with autocast(self.device):
                 logits_BK = self.forward(x).float()
@@ -159,21 +161,27 @@ class Trainer:
         return sums
 
     def read(self, sums: torch.Tensor, seconds: float) -> None:
-        """Bring the sums of the epoch so far to the host; refuse to go on with a loss that is not finite."""
+        """Bring the sums of the epoch so far to the host."""
         progress = self.progress
         loss_sum, n_correct = sums.tolist()
-        if not torch.isfinite(sums).all():
-            raise SetupError(
-                f"the loss is {loss_sum} at epoch {progress.epoch + 1}, step {progress.step}: the run stops. "
-                "Try a lower `optim.lr` or a positive `optim.clip_norm`; the last checkpoint is from before."
-            )
+        self.require_finite(loss_sum)
         progress.loss_sum, progress.n_correct, progress.epoch_seconds = loss_sum, int(n_correct), seconds
+
+    def require_finite(self, loss: float) -> None:
+        """Refuse to go on with a loss that is NaN or infinite."""
+        if not math.isfinite(loss):
+            raise SetupError(
+                f"the loss is {loss} at epoch {self.progress.epoch + 1}, step {self.progress.step}: "
+                "the run stops. Try a lower `optim.lr` or a positive `optim.clip_norm`; "
+                "the last checkpoint is from before."
+            )
 
     def end_epoch(self) -> None:
         """Score `holdout`, keep the best state, add the history row, save and print one line."""
         train, progress = self.config.train, self.progress
         started = time.perf_counter()
         holdout_loss, holdout_accuracy = self.score_holdout()
+        self.require_finite(holdout_loss)
         last_step = (progress.epoch + 1) * len(self.data.fit) - 1
         progress.history.append(
             {

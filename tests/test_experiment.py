@@ -441,6 +441,7 @@ def test_variable_names_local_data(monkeypatch):
     assert configure("baseline", "offline", "/given").data.path == "/given"
     assert configure("baseline", "quick", "/given").data.source == "local"
     assert configure("baseline", "offline", "", {"data.path": "/set"}).data.path == "/set"
+    assert configure("baseline", "full", "", {"data.source": "hub"}).data.source == "hub"
     monkeypatch.delenv("TINY_IMAGENET_DIR")
     assert configure("baseline", "full") == preset("baseline", "full")
 
