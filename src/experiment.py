@@ -20,6 +20,7 @@ import numpy as np
 import pandas as pd
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from tqdm.auto import tqdm
 
 from src import SetupError, report
 from src import config as configs
@@ -106,7 +107,9 @@ def run(config: Config, paths: Paths) -> Result:
     """Train (or go on, or load what a finished run left), score `valid` once, write the arm's results."""
     setup = prepare(config, paths)
     claim_run_folder(setup)
-    if not all((setup.run_folder / name).exists() for name in FINISHED):
+    if all((setup.run_folder / name).exists() for name in FINISHED):
+        tqdm.write(f"run {config.run_name} is finished: its results are loaded, nothing is trained")
+    else:
         train_and_predict(setup)
     weights = setup.run_folder / "model.safetensors"
     try:
