@@ -13,9 +13,9 @@ HEADER = (
 )
 # As the study reports them; intervals by row from its prediction files, weights as its notebooks load them.
 REPORTED = """\
-| Baseline, the study's | 82.61 % [81.85, 83.34] | `convnext_tiny.in12k_ft_in1k` (frozen) | 224 px \
+| Baseline, reported by the study | 82.61 % [81.85, 83.34] | `convnext_tiny.in12k_ft_in1k` (frozen) | 224 px \
 | tiny-imagenet, `published` | best 1 of 6 | A100, 10.8 min |
-| Improvement, the study's | 86.30 % (86.31 by row [85.62, 86.97]) | `convnext_tiny.fb_in1k` \
+| Improvement, reported by the study | 86.30 % (86.31 by row [85.62, 86.97]) | `convnext_tiny.fb_in1k` \
 (stage 4 trained) | 224 px | tiny-imagenet, `published` | best 7 of 12 | A100, 52.2 min |"""
 
 
