@@ -31,7 +31,7 @@ from src.data.splits import Splits, make_splits
 from src.data.store import Store, open_store
 from src.device import Device, choose_device, git_commit, peak_memory_gb, set_up_process, versions
 from src.evaluate import prediction_frame
-from src.files import read_json, write_array, write_json
+from src.files import read_json, write_array, write_atomically, write_json
 from src.model.build import Built, Classifier, build_model, gmacs
 from src.predict import cached_features, one_pass
 from src.train import FitData, Progress, fit
@@ -146,17 +146,17 @@ def train_and_predict(setup: Setup) -> None:
     config, device, model, folder = setup.config, setup.device, setup.model, setup.run_folder
     data, valid, feature_seconds = make_batches(setup)
     progress = fit(model, data, config, device, folder)
-    save_file({k: v.contiguous() for k, v in model.learned_state().items()}, folder / "model.safetensors")
+    state = {name: value.contiguous() for name, value in model.learned_state().items()}
+    write_atomically(folder / "model.safetensors", lambda partial: save_file(state, partial))
     started = time.perf_counter()
     logits_NK = one_pass(model.classify if data.cached else model, valid, device, "valid")
-    facts = run_facts(setup, progress)
-    facts["seconds"] = {
+    seconds = {
         "features": feature_seconds,
-        "epochs": [round(value, 1) for value in progress.seconds],
-        "valid": round(time.perf_counter() - started, 1),
+        "epochs": progress.seconds,
+        "valid": time.perf_counter() - started,
     }
-    facts["seconds"]["total"] = round(sum(progress.seconds) + feature_seconds + facts["seconds"]["valid"], 1)
-    write_json(folder / "facts.json", facts)
+    seconds["total"] = feature_seconds + sum(progress.seconds) + seconds["valid"]
+    write_json(folder / "facts.json", {**run_facts(setup, progress), "seconds": seconds})
     write_json(folder / "history.json", progress.history)
     write_array(folder / "valid_logits.npy", logits_NK)
 

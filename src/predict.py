@@ -57,5 +57,5 @@ def cached_features(
         features = one_pass(function, batches, device, "features of the frozen backbone")
         seconds = time.perf_counter() - started
         write_array(path, features)
-        write_json(note, {**identity, "shape": list(features.shape), "seconds": round(seconds, 1)})
+        write_json(note, {**identity, "shape": list(features.shape), "seconds": round(seconds, 3)})
     return np.load(path, mmap_mode="c"), read_json(note)["seconds"]
