@@ -173,6 +173,11 @@ BASELINE = Config(
     optim=OptimConfig(head_lr=1e-3, weight_decay=0.01),
     train=TrainConfig(epochs=100, batch_size=128, monitor="loss", patience=5),
 )
+"""Frozen backbone, new linear classifier: the study's baseline method.
+
+`python -m src.experiment baseline --profile offline --data DIR`: 54.75 % of `valid` (n = 10,000, one seed),
+best epoch 1 of 6, 3.5 minutes on 2 CPU cores (EfficientNet-Lite0, 96 px, `holdout`).
+"""
 
 IMPROVEMENT = Config(
     arm="improvement",
@@ -189,6 +194,12 @@ IMPROVEMENT = Config(
     ),
     train=TrainConfig(epochs=12, batch_size=128, monitor="accuracy", patience=5),
 )
+"""All layers trained, spatial self-attention, strong regularisation: the study's improvement, as written.
+
+`python -m src.experiment improvement --profile offline --data DIR`: 68.82 % of `valid` (n = 10,000, one
+seed), best epoch 4 of 4, 70 minutes on 2 CPU cores that had other work as well (EfficientNet-Lite0, 96 px,
+`holdout`).
+"""
 
 PRESETS = {"baseline": BASELINE, "improvement": IMPROVEMENT}
 
