@@ -68,7 +68,7 @@ def to_device(rows: np.ndarray, device: torch.device) -> np.ndarray | torch.Tens
     """The whole array as a tensor on a CUDA device where it fits; else as it is (memory-mapped)."""
     if device.type != "cuda" or rows.nbytes > RESIDENT_SHARE * torch.cuda.mem_get_info(device)[0]:
         return rows
-    return torch.from_numpy(np.ascontiguousarray(rows)).to(device)
+    return torch.from_numpy(np.array(rows)).to(device)  # a copy: torch wants writable memory
 
 
 @dataclass(frozen=True)
