@@ -6,13 +6,12 @@ A checkpoint is a pair: `checkpoint-<step>.pt` (tensors and numbers, loaded with
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 
 import torch
 from tqdm.auto import tqdm
 
-from src.files import read_json, write_atomically, write_json
+from src.files import read_json, sha256, write_atomically, write_json
 
 GENERATIONS = 2
 
@@ -27,7 +26,7 @@ def save(folder: Path, step: int, payload: dict) -> None:
 
     def write(partial: Path) -> None:
         torch.save(payload, partial)
-        hashes.append(_sha256(partial))
+        hashes.append(sha256(partial))
 
     write_atomically(path, write)
     write_json(path.with_suffix(".json"), {"step": step, "sha256": hashes[0]})
@@ -42,15 +41,10 @@ def load_newest(folder: Path) -> dict | None:
     for manifest in sorted(folder.glob("checkpoint-*.json"), reverse=True):
         path = manifest.with_suffix(".pt")
         try:
-            if read_json(manifest)["sha256"] == _sha256(path):
+            if read_json(manifest)["sha256"] == sha256(path):
                 return torch.load(path, map_location="cpu", weights_only=True)
             reason = "its SHA-256 does not match"
         except (OSError, ValueError, KeyError) as error:
             reason = str(error)
         tqdm.write(f"checkpoint {path.name} is damaged ({reason}); trying the one before it")
     return None
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

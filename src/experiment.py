@@ -25,7 +25,7 @@ from tqdm.auto import tqdm
 from src import SetupError, report
 from src import config as configs
 from src.config import Config
-from src.data.batches import Batches, to_device, training_transform
+from src.data.batches import Batches, Transform, to_device, training_transform
 from src.data.sources import open_source
 from src.data.splits import Splits, make_splits
 from src.data.store import Store, open_store
@@ -165,11 +165,13 @@ def make_batches(setup: Setup) -> tuple[FitData, Batches, float]:
     """Training data, `valid`, and the seconds that features took (0 where none are cached)."""
     config, store, device = setup.config, setup.store, setup.device
     model = setup.model.to(device.torch_device).eval()
-    rows, prepared, seconds = to_device(store.images, device.torch_device), setup.built.preprocess, 0.0
     cached = model.frozen and config.augment.is_identity and config.train.cache_features
+    # Images that are looked at once, or not at all, need no place on the device.
+    rows = store.images if cached else to_device(store.images, device.torch_device)
+    prepared, seconds = setup.built.preprocess, 0.0
 
-    def batches(index_M: np.ndarray, size: int) -> Batches:
-        return Batches(rows, store.labels_N, index_M, size, device.torch_device, preprocess=prepared)
+    def batches(index_M: np.ndarray, size: int, transform: Transform | None = None) -> Batches:
+        return Batches(rows, store.labels_N, index_M, size, device.torch_device, transform, prepared)
 
     if cached:
         features, seconds = cached_features(
@@ -191,10 +193,11 @@ def make_batches(setup: Setup) -> tuple[FitData, Batches, float]:
         rows, prepared = to_device(features, device.torch_device), None
     transform = None if cached or config.augment.is_identity else training_transform(config.augment, prepared)
     splits = setup.splits
-    fit_batches = Batches(
-        rows, store.labels_N, splits.fit_N, config.train.batch_size, device.torch_device, transform, prepared
+    data = FitData(
+        fit=batches(splits.fit_N, config.train.batch_size, transform),
+        holdout=batches(splits.holdout_N, device.eval_batch),
+        cached=cached,
     )
-    data = FitData(fit_batches, batches(splits.holdout_N, device.eval_batch), cached)
     return data, batches(splits.valid_N, device.eval_batch), seconds
 
 
@@ -304,8 +307,8 @@ def configure(
     """The preset under the profile; `data_dir`, or else the variable TINY_IMAGENET_DIR, names local data."""
     config = configs.preset(arm, profile, overrides)
     hub_asked_for = (overrides or {}).get("data.source") == "hub"
-    local_or_default = config.data.source == "local" or (config.data.source == "hub" and not hub_asked_for)
-    if not data_dir and not config.data.path and local_or_default:
+    replaceable = config.data.source in ("local", "hub") and not hub_asked_for
+    if not data_dir and not config.data.path and replaceable:
         data_dir = os.environ.get(DATA_VARIABLE, "")
     if data_dir:
         config = configs.with_fields(config, {"data.source": "local", "data.path": data_dir})

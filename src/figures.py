@@ -162,7 +162,7 @@ def _image_panels(
     """Headed grids of images, four a line: what it is, and below what the model said and how surely."""
     n_lines = [-(-len(rows) // 4) for _, rows in panels]
     figure = _figure(1.0 + 2.75 * sum(n_lines) + 0.35 * len(panels), title, note)
-    classes = per_class(frame).set_index("class")
+    classes = per_class(frame).set_index("class") if with_class else None
     parts = np.ravel(figure.subfigures(len(panels), 1, height_ratios=n_lines, squeeze=False))
     for part, (heading, rows) in zip(parts, panels, strict=True):
         part.suptitle(heading, x=0.012, ha="left", fontsize=12)

@@ -14,6 +14,7 @@ from PIL import Image as Pillow
 from torch import nn
 
 from src.data.batches import training_transform
+from src.evaluate import per_class
 from src.experiment import Result, Setup
 from src.files import read_json
 
@@ -104,12 +105,8 @@ def small_image(file: Path | io.BytesIO) -> Image:
 
 def class_table(result: Result, n_rows: int = 5) -> pd.DataFrame:
     """The best and the worst classes on `valid`, each with the class that it is most often taken for."""
-    wrong = result.predictions[~result.predictions["Is_Correct"].astype(bool)]
-    confused = wrong.groupby("Ground_Truth")["Prediction_Name"].agg(lambda names: names.mode().iloc[0])
-    table = result.predictions.groupby("Ground_Truth").agg(
-        name=("Ground_Truth_Name", "first"), accuracy=("Is_Correct", "mean"), images=("Is_Correct", "size")
-    )
-    table["most often taken for"] = confused.reindex(table.index).fillna("")
+    columns = {"accuracy": "accuracy", "n": "images", "most_confused_with": "most often taken for"}
+    table = per_class(result.predictions)[["name", *columns]].rename(columns=columns)
     table = table.sort_values("accuracy", ascending=False, kind="stable")
     chosen = table if len(table) <= 2 * n_rows else pd.concat([table.head(n_rows), table.tail(n_rows)])
     return chosen.assign(accuracy=chosen["accuracy"].map("{:.1%}".format)).set_index("name")

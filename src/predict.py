@@ -22,14 +22,17 @@ def one_pass(
 ) -> np.ndarray:
     """`function` over the batches in order -> float32 (N, ...). Put its model in eval mode first."""
     outputs: list[np.ndarray] = []
-    bar = tqdm(
-        total=batches.n_examples, desc=label, unit="img", unit_scale=True, leave=False, mininterval=0.5
-    )
-    with torch.inference_mode(), autocast(device), bar:
+    with torch.inference_mode(), autocast(device), image_bar(batches.n_examples, label) as bar:
         for inputs, _ in batches.in_order():
             outputs.append(function(inputs).float().cpu().numpy())
             bar.update(len(inputs))
     return np.concatenate(outputs)
+
+
+def image_bar(n_images: int, label: str, done: int = 0) -> tqdm:
+    """A bar over images, with images a second and the time left; it goes when it is full."""
+    options = {"unit": "img", "unit_scale": True, "leave": False, "mininterval": 0.5}
+    return tqdm(total=n_images, initial=done, desc=label, **options)
 
 
 def autocast(device: Device) -> torch.autocast:

@@ -23,7 +23,7 @@ from src.data.batches import Batches, derived_seed
 from src.device import Device
 from src.model.build import Classifier
 from src.optim import build_optimizer, lr_at, set_lr
-from src.predict import autocast, one_pass
+from src.predict import autocast, image_bar, one_pass
 
 STEPS_BETWEEN_READS = 20  # the loss is read from the device this often, for the bar and the finite check
 DROPOUT_STREAM = 1  # tells the seeds of dropout apart from those of augmentation
@@ -116,16 +116,8 @@ class Trainer:
         sums = torch.tensor([progress.loss_sum, progress.n_correct], dtype=torch.float64)
         sums = sums.to(self.device.torch_device)
         self.model.train()
-        bar = tqdm(
-            total=batches.n_examples,
-            initial=progress.n_seen,
-            desc=f"epoch {progress.epoch + 1}/{train.epochs}",
-            unit="img",
-            unit_scale=True,
-            leave=False,
-            mininterval=0.5,
-        )
-        with bar:
+        label = f"epoch {progress.epoch + 1}/{train.epochs}"
+        with image_bar(batches.n_examples, label, done=progress.n_seen) as bar:
             for inputs, labels_B in batches.epoch(train.seed, progress.epoch, progress.step):
                 sums += self.train_step(inputs, labels_B)
                 progress.step += 1

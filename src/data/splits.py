@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
@@ -18,6 +17,7 @@ import numpy as np
 from src import SetupError
 from src.config import DataConfig
 from src.data.store import Store
+from src.files import write_atomically
 
 
 @dataclass(frozen=True)
@@ -44,12 +44,7 @@ class Splits:
             "counts": {name: len(rows_N) for name, rows_N in rows.items()},
             **{name: [f"{d:016x}" for d in self.digests_N[rows_N].tolist()] for name, rows_N in rows.items()},
         }
-        partial = Path(path).with_name(Path(path).name + ".partial")
-        with partial.open("w", encoding="utf-8") as file:
-            json.dump(data, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
+        write_atomically(Path(path), lambda partial: partial.write_text(json.dumps(data), encoding="utf-8"))
 
 
 def make_splits(store: Store, config: DataConfig) -> Splits:

@@ -25,6 +25,7 @@ from tqdm.auto import tqdm
 
 from src import SetupError
 from src.data.sources import Example, Source
+from src.files import flush
 
 FORMAT = 1
 CHUNK = 128  # images a task: large enough that the pool's overhead does not show
@@ -177,7 +178,7 @@ def _build(source: Source, path: Path, size: int, skip_bad: bool) -> Store:
         _write_rows(partial, source, examples, digests_N, bad_files, size)
         shutil.rmtree(path, ignore_errors=True)  # a damaged one
         os.rename(partial, path)
-        _fsync(path.parent)
+        flush(path.parent)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return load_store(path)
@@ -261,7 +262,7 @@ def _write_rows(
     }
     (folder / "manifest.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")
     for name in ("images.npy", "rows.npz", "manifest.json", ""):
-        _fsync(folder / name)
+        flush(folder / name)
 
 
 def _content_hash(
@@ -298,11 +299,3 @@ def _reserve(file: Path) -> None:
     if hasattr(os, "posix_fallocate"):
         with file.open("r+b") as opened:
             os.posix_fallocate(opened.fileno(), 0, file.stat().st_size)
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

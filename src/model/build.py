@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -19,6 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from src import SetupError
 from src.config import ModelConfig
 from src.data.batches import Preprocess
+from src.files import sha256
 from src.model.attention import OneTokenAttention, SpatialAttention
 
 # Commit and SHA-256 of `model.safetensors` in the hub repository timm/<tag>. For another tag write
@@ -116,10 +116,10 @@ def build_model(config: ModelConfig, wnids: tuple[str, ...], seed: int) -> Built
     tag, _, revision = config.backbone.partition("@")
     _require_known(tag)
     path, expected_sha256 = _weights_file(tag, revision, config.weights)
-    sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
-    if expected_sha256 and sha256 != expected_sha256:
+    found_sha256 = sha256(path)
+    if expected_sha256 and found_sha256 != expected_sha256:
         raise SetupError(
-            f"weights of {tag} in {path}: SHA-256 is {sha256}, expected {expected_sha256}. "
+            f"weights of {tag} in {path}: SHA-256 is {found_sha256}, expected {expected_sha256}. "
             "Delete the file and download it again."
         )
     backbone = _load(tag, path)
@@ -135,7 +135,7 @@ def build_model(config: ModelConfig, wnids: tuple[str, ...], seed: int) -> Built
             model.classifier.bias.copy_(rows[1])
     data = resolve_data_config({}, model=backbone)
     preprocess = Preprocess(config.image_size, data["mean"], data["std"], data["interpolation"])
-    return Built(model.to(memory_format=torch.channels_last), preprocess, tag, sha256)
+    return Built(model.to(memory_format=torch.channels_last), preprocess, tag, found_sha256)
 
 
 def gmacs(model: Classifier, image_size: int) -> float:
