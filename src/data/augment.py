@@ -98,14 +98,12 @@ def shift(images_BCHW: Tensor, offsets_B2: Tensor) -> Tensor:
         for axis, length in enumerate(images_BCHW.shape[2:])
     )
     source = rows[:, :, None] * images_BCHW.shape[3] + columns[:, None, :]
-    return _gather(images_BCHW, source.flatten(1))
+    return _gather(images_BCHW.flatten(2), source.flatten(1)).view(images_BCHW.shape)
 
 
 def flip(images_BCHW: Tensor, chosen_B: Tensor) -> Tensor:
     """Mirror left and right where `chosen_B` (bool, on the CPU)."""
-    chosen = chosen_B.nonzero().flatten()  # on the CPU, so that no device is waited for
-    chosen = _to(chosen, images_BCHW.device)
-    return images_BCHW.index_copy(0, chosen, images_BCHW[chosen].flip(-1))
+    return _change_some(images_BCHW, chosen_B, lambda images, _: images.flip(-1))
 
 
 # RandAugment (Cubuk et al. 2020) -------------------------------------------------------------------
@@ -121,6 +119,20 @@ def _shear_degrees(magnitude: float) -> float:
     return math.degrees(math.atan(magnitude))
 
 
+def _sharpness(images: Tensor, factor: float) -> Tensor:
+    """torchvision's `adjust_sharpness`, level by level, its 3x3 filter [1 1 1; 1 5 1; 1 1 1] / 13 as sums.
+
+    No sum over 13 lies half-way between two levels, so the order of summation cannot show.
+    """
+    images = images.float()
+    inner = images[..., 1:-1, 1:-1]
+    of_three_rows = images[..., :-2, :] + images[..., 1:-1, :] + images[..., 2:, :]
+    blurred = of_three_rows[..., :-2] + of_three_rows[..., 1:-1] + of_three_rows[..., 2:]
+    blurred.add_(inner, alpha=4).div_(13).round_()
+    inner.add_(blurred.sub_(inner), alpha=1.0 - factor)
+    return images.clamp_(0, 255).to(torch.uint8)
+
+
 # The ops that move pixels come first: what they do does not depend on the pixels' values.
 MOVES: dict[str, Op] = {
     "ShearX": lambda images, m: _affine(images, shear=(_shear_degrees(m), 0.0), center=[0, 0]),
@@ -133,7 +145,7 @@ OPS: dict[str, Op] = MOVES | {
     "Brightness": lambda images, m: F.adjust_brightness(images, 1.0 + m),
     "Color": lambda images, m: F.adjust_saturation(images, 1.0 + m),
     "Contrast": lambda images, m: F.adjust_contrast(images, 1.0 + m),
-    "Sharpness": lambda images, m: F.adjust_sharpness(images, 1.0 + m),
+    "Sharpness": lambda images, m: _sharpness(images, 1.0 + m),
     "Posterize": lambda images, m: F.posterize(images, int(m)),
     "Solarize": lambda images, m: F.solarize(images, m),
     "AutoContrast": lambda images, m: F.autocontrast(images),
@@ -173,30 +185,30 @@ def rand_augment(images_BCHW: Tensor, codes_B: Tensor, magnitude: int) -> Tensor
     codes, order = codes_B.sort()
     counts = torch.bincount(codes, minlength=2 * len(OPS)).tolist()
     n_moves = 2 * len(MOVES)
-    order = _to(order, images_BCHW.device)
-    moved, *groups = images_BCHW[order].split([sum(counts[:n_moves]), *counts[n_moves:]])
+    grouped = images_BCHW.index_select(0, _to(order, images_BCHW.device))
+    moved, *groups = grouped.split([sum(counts[:n_moves]), *counts[n_moves:]])
     done = [_move(moved, codes[: len(moved)], magnitude)]
     for code, group in enumerate(groups, start=n_moves):
         if len(group):
             op = tuple(OPS)[code // 2]
             done.append(OPS[op](group, signed_magnitude(op, code % 2 == 1, magnitude, height, width)))
-    return torch.empty_like(images_BCHW).index_copy_(0, order, torch.cat(done))
+    return torch.cat(done).index_select(0, _to(order.argsort(), images_BCHW.device))
 
 
 def _move(images_BCHW: Tensor, codes_B: Tensor, magnitude: int) -> Tensor:
     """All moves of a batch in one gather."""
     source = _move_sources(*images_BCHW.shape[2:], magnitude, images_BCHW.device)
-    source = source[_to(codes_B, images_BCHW.device)]
-    inside = (source >= 0).view(-1, 1, *images_BCHW.shape[2:])
-    return _gather(images_BCHW, source.clamp(min=0)) * inside
+    with_black = nn_functional.pad(images_BCHW.flatten(2), (1, 0))
+    moved = _gather(with_black, source.index_select(0, _to(codes_B, images_BCHW.device)))
+    return moved.view(images_BCHW.shape)
 
 
 @lru_cache(maxsize=8)
 def _move_sources(height: int, width: int, magnitude: int, device: torch.device) -> Tensor:
-    """(2 * len(MOVES), H*W): which pixel each move brings to each place, -1 for none.
+    """(2 * len(MOVES), H*W): number, from 1, of the pixel that each move brings to each place; 0 for none.
 
-    The ops themselves find it out, by moving an image whose pixels are their own numbers (from 1, as what
-    comes from outside is 0). On the CPU, so that every device rounds alike.
+    The ops themselves find it out, by moving an image whose pixels are their own numbers (what comes from
+    outside is 0). On the CPU, so that every device rounds alike.
     """
     numbers = torch.arange(1.0, height * width + 1).view(1, 1, height, width)
     moved = [
@@ -204,7 +216,7 @@ def _move_sources(height: int, width: int, magnitude: int, device: torch.device)
         for op, move in MOVES.items()
         for negative in (False, True)
     ]
-    return _to(torch.cat(moved).flatten(1).long() - 1, device)
+    return _to(torch.cat(moved).flatten(1).long(), device)
 
 
 # Random erasing (Zhong et al. 2020) ----------------------------------------------------------------
@@ -222,13 +234,16 @@ def draw_erasures(n_images: int, height: int, width: int, p: float, generator: t
 
 def erase(images_BCHW: Tensor, boxes_B4: Tensor, fill: Sequence[int]) -> Tensor:
     """Paint each sample's box in the colour `fill` (C levels)."""
-    top, left, box_height, box_width = _to(boxes_B4, images_BCHW.device)[:, :, None].unbind(1)
-    row = torch.arange(images_BCHW.shape[2], device=images_BCHW.device)
-    column = torch.arange(images_BCHW.shape[3], device=images_BCHW.device)
-    rows = (row >= top) & (row < top + box_height)
-    columns = (column >= left) & (column < left + box_width)
     colour = _to(torch.tensor(fill, dtype=torch.uint8), images_BCHW.device).view(1, -1, 1, 1)
-    return torch.where(rows[:, None, :, None] & columns[:, None, None, :], colour, images_BCHW)
+
+    def paint(images: Tensor, chosen: Tensor) -> Tensor:
+        top, left, height, width = _to(boxes_B4[chosen], images.device)[:, :, None].unbind(1)
+        row, column = (torch.arange(length, device=images.device) for length in images.shape[2:])
+        rows = (row >= top) & (row < top + height)
+        columns = (column >= left) & (column < left + width)
+        return torch.where(rows[:, None, :, None] & columns[:, None, None, :], colour, images)
+
+    return _change_some(images_BCHW, boxes_B4[:, 2] > 0, paint)
 
 
 # Shared --------------------------------------------------------------------------------------------
@@ -239,10 +254,21 @@ def _to(tensor: Tensor, device: torch.device) -> Tensor:
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
-def _gather(images_BCHW: Tensor, source_BP: Tensor) -> Tensor:
-    """Pixel `source_BP[b, p]` of image b, for every place p = row * W + column."""
-    flat = images_BCHW.flatten(2)
-    return flat.gather(2, source_BP[:, None].expand_as(flat)).view(images_BCHW.shape)
+def _change_some(images_BCHW: Tensor, chosen_B: Tensor, change: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+    """`change(images, indices)` applied to the chosen samples alone (bool, on the CPU).
+
+    Rows are picked with index_select: on a CPU it copies whole rows, twenty times faster than indexing.
+    """
+    chosen = chosen_B.nonzero().flatten()  # on the CPU, so that no device is waited for
+    place = torch.arange(len(chosen_B))
+    place[chosen] = len(chosen_B) + torch.arange(len(chosen))
+    changed = change(images_BCHW.index_select(0, _to(chosen, images_BCHW.device)), chosen)
+    return torch.cat([images_BCHW, changed]).index_select(0, _to(place, images_BCHW.device))
+
+
+def _gather(pixels_BCQ: Tensor, source_BP: Tensor) -> Tensor:
+    """(B,C,P): pixel `source_BP[b, p]` of image b, for every place p = row * W + column."""
+    return pixels_BCQ.gather(2, source_BP[:, None].expand(-1, pixels_BCQ.shape[1], -1))
 
 
 def _reflect(position: Tensor, length: int) -> Tensor:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -46,13 +47,27 @@ class Preprocess:
         if images_BCHW.shape[-2:] != (self.size, self.size):
             mode = InterpolationMode(self.interpolation)
             images_BCHW = F.resize(images_BCHW, [self.size, self.size], interpolation=mode, antialias=True)
-        mean, std = 255 * torch.tensor([self.mean, self.std], device=images_BCHW.device).view(2, 3, 1, 1)
-        return images_BCHW.float().sub_(mean).div_(std).contiguous(memory_format=torch.channels_last)
+        mean_row, std_row = _mean_std_rows(self.mean, self.std, self.size, images_BCHW.device)
+        rows_BHR = images_BCHW.permute(0, 2, 3, 1).flatten(2).float()
+        images_BHWC = rows_BHR.sub_(mean_row).div_(std_row).unflatten(2, (self.size, len(self.mean)))
+        return images_BHWC.permute(0, 3, 1, 2)
 
     @property
     def fill(self) -> tuple[int, ...]:
         """The mean colour, which normalises to zero: what erasing paints with."""
         return tuple(round(255 * value) for value in self.mean)
+
+
+@lru_cache(maxsize=8)
+def _mean_std_rows(
+    mean: tuple[float, ...], std: tuple[float, ...], size: int, device: torch.device
+) -> torch.Tensor:
+    """(2, size * 3): mean and std in levels, repeated along a row of pixels.
+
+    A CPU takes whole rows three times faster than three channels at a time; a GPU need not be sent
+    them with every batch.
+    """
+    return (255 * torch.tensor([mean, std])).repeat(1, size).to(device)
 
 
 def training_transform(config: AugmentConfig, preprocess: Preprocess) -> Transform:
