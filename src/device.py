@@ -49,6 +49,11 @@ def choose_device(image_size: int, batch_size: int) -> Device:
     return Device(torch.device("cuda", 0), precision, micro_batch, 2 * micro_batch, properties.name)
 
 
+def send(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A CPU tensor on `device`; pinned for CUDA, as a pageable copy waits for the queue to drain."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
 def cpu_name() -> str:
     """Model name of the processor with the number of cores that this process may use."""
     name = platform.processor() or platform.machine()

@@ -13,16 +13,16 @@ import argparse
 import os
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-import pandas as pd
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
 
-from src import SetupError, report
+from src import SetupError
 from src import config as configs
 from src.config import Config
 from src.data.batches import Batches, Transform, to_device, training_transform
@@ -30,11 +30,13 @@ from src.data.sources import open_source
 from src.data.splits import Splits, make_splits
 from src.data.store import Store, open_store
 from src.device import Device, choose_device, git_commit, peak_memory_gb, set_up_process, versions
-from src.evaluate import prediction_frame
 from src.files import read_json, write_array, write_atomically, write_json
 from src.model.build import Built, Classifier, build_model, gmacs
 from src.predict import cached_features, one_pass
 from src.train import FitData, Progress, fit
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 DATA_VARIABLE = "TINY_IMAGENET_DIR"
 FINISHED = ("model.safetensors", "facts.json", "history.json", "valid_logits.npy")  # what a run leaves
@@ -145,6 +147,9 @@ def train_and_predict(setup: Setup) -> None:
     """Fit, keep the best weights, score `valid` once. The logits, written last, mark a finished run."""
     config, device, model, folder = setup.config, setup.device, setup.model, setup.run_folder
     data, valid, feature_seconds = make_batches(setup)
+    if data.cached:  # features are small: the whole batch at once
+        setup = replace(setup, device=replace(device, micro_batch=config.train.batch_size))
+        device = setup.device
     progress = fit(model, data, config, device, folder)
     state = {name: value.contiguous() for name, value in model.learned_state().items()}
     write_atomically(folder / "model.safetensors", lambda partial: save_file(state, partial))
@@ -245,6 +250,12 @@ def recorded_config(config: Config) -> dict:
 
 def write_results(setup: Setup) -> Result:
     """The arm's folder under `results/`, from what the run left; the comparison where both arms exist."""
+    # Tables and figures take seconds to import; the first step of training does not wait for them.
+    import pandas as pd
+
+    from src import report
+    from src.evaluate import prediction_frame
+
     store, splits, folder = setup.store, setup.splits, setup.run_folder
     predictions = prediction_frame(
         np.load(folder / "valid_logits.npy"),

@@ -11,10 +11,10 @@ import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-import pandas as pd
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
+from torch import nn
 from tqdm.auto import tqdm
 
 from src import SetupError, checkpoint
@@ -40,7 +40,10 @@ class FitData:
 
 @dataclass
 class Progress:
-    """Where a run stands: all of it goes into the checkpoint. Sums are over the examples of this epoch."""
+    """Where a run stands: all of it goes into the checkpoint. Sums are over the examples of this epoch.
+
+    `history`: one row an epoch, counted from 1: losses, accuracies (fractions) and the rate factor.
+    """
 
     epoch: int = 0
     step: int = 0
@@ -52,10 +55,6 @@ class Progress:
     seconds: list[float] = field(default_factory=list)
     best_epoch: int = 0
     bad_epochs: int = 0
-
-    def history_frame(self) -> pd.DataFrame:
-        """One row an epoch, counted from 1: losses, accuracies (fractions) and the backbone's rate factor."""
-        return pd.DataFrame(self.history)
 
 
 class Trainer:
@@ -69,7 +68,10 @@ class Trainer:
         self.accelerator = Accelerator(mixed_precision=device.precision, cpu=on_cpu)
         if self.accelerator.num_processes > 1:
             raise SetupError("a run uses one process; start it without `accelerate launch --num_processes`.")
-        self.forward = model.classify if data.cached else model
+        if config.train.grad_checkpointing:
+            recompute_activations(model)
+        forward = model.classify if data.cached else model
+        self.forward = torch.compile(forward) if config.train.compile else forward
         self.optimizer = self.accelerator.prepare(
             build_optimizer(model.to(device.torch_device), config.optim)
         )
@@ -134,7 +136,7 @@ class Trainer:
         optim, progress, n_steps = self.config.optim, self.progress, len(self.data.fit)
         step = progress.epoch * n_steps + progress.step
         set_lr(self.optimizer, lr_at(step, self.config.train.epochs * n_steps, optim))
-        torch.manual_seed(derived_seed(self.config.train.seed, progress.epoch, progress.step, DROPOUT_STREAM))
+        seed_dropout(derived_seed(self.config.train.seed, progress.epoch, progress.step, DROPOUT_STREAM))
         sums = torch.zeros(2, dtype=torch.float64, device=self.device.torch_device)
         n_parts = -(-len(labels_B) // self.device.micro_batch)  # even parts: none is a single image
         micro_batches = (part.tensor_split(n_parts) for part in (inputs, labels_B))
@@ -219,6 +221,26 @@ def fit(model: Classifier, data: FitData, config: Config, device: Device, folder
     model.load_state_dict(trainer.best_state, strict=False)
     model.eval()
     return trainer.progress
+
+
+def seed_dropout(seed: int) -> None:
+    """Seed the generators that dropout draws from.
+
+    Not `torch.manual_seed`: on a machine without a GPU it files a stack trace for later at every call.
+    """
+    torch.default_generator.manual_seed(seed)
+    if torch.cuda.is_initialized():
+        torch.cuda.manual_seed(seed)
+
+
+def recompute_activations(model: Classifier) -> None:
+    """Gradient checkpointing (Chen et al. 2016) in the backbone: less memory for a second forward pass."""
+    if any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.backbone.modules()):
+        raise SetupError(
+            "train.grad_checkpointing = True is for backbones without batch normalisation, whose statistics "
+            "the second forward pass would count twice. Use a lower train.batch_size instead."
+        )
+    model.backbone.set_grad_checkpointing()
 
 
 def best_epoch(history: list[dict], monitor: str) -> int:

@@ -253,8 +253,8 @@ def test_augmented_or_trained_images_are_not_cached(pets, weights, tmp_path):
 
 @pytest.mark.parametrize("protocol", ["holdout", "published"])
 def test_valid_is_scored_once_and_trained_on_never(pets, weights, tmp_path, monkeypatch, protocol):
-    taken, original = [], Batches._take
-    monkeypatch.setattr(Batches, "_take", lambda self, rows: taken.append(rows) or original(self, rows))
+    taken, original = [], Batches._taken
+    monkeypatch.setattr(Batches, "_taken", lambda self, parts: taken.extend(parts) or original(self, parts))
     fitted, original_fit = [], experiment.fit
     monkeypatch.setattr(experiment, "fit", lambda *a: (original_fit(*a), fitted.append(len(taken)))[0])
     setup = trained(own(pets, weights, data__protocol=protocol), tmp_path)

@@ -18,6 +18,7 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional as F
 
 from src.config import AugmentConfig
+from src.device import send
 
 CROP_RATIO = (3 / 4, 4 / 3)
 ERASE_SCALE = (0.02, 0.33)
@@ -77,7 +78,7 @@ def draw_crops(
 
 def resized_crop(images_BCHW: Tensor, boxes_B4: Tensor) -> Tensor:
     """Each sample's box, stretched to the whole image: bilinear, no antialias, within one level."""
-    boxes = _to(boxes_B4.float(), images_BCHW.device)
+    boxes = send(boxes_B4.float(), images_BCHW.device)
     top, left, box_height, box_width = boxes.unbind(1)
     grid_y = _box_coordinates(top, box_height, images_BCHW.shape[2])
     grid_x = _box_coordinates(left, box_width, images_BCHW.shape[3])
@@ -92,7 +93,7 @@ def shift(images_BCHW: Tensor, offsets_B2: Tensor) -> Tensor:
 
     With offsets in [-p, p] this is a random crop of the image padded by p.
     """
-    offsets = _to(offsets_B2, images_BCHW.device)
+    offsets = send(offsets_B2, images_BCHW.device)
     rows, columns = (
         _reflect(offsets[:, axis, None] + torch.arange(length, device=offsets.device), length)
         for axis, length in enumerate(images_BCHW.shape[2:])
@@ -185,21 +186,21 @@ def rand_augment(images_BCHW: Tensor, codes_B: Tensor, magnitude: int) -> Tensor
     codes, order = codes_B.sort()
     counts = torch.bincount(codes, minlength=2 * len(OPS)).tolist()
     n_moves = 2 * len(MOVES)
-    grouped = images_BCHW.index_select(0, _to(order, images_BCHW.device))
+    grouped = images_BCHW.index_select(0, send(order, images_BCHW.device))
     moved, *groups = grouped.split([sum(counts[:n_moves]), *counts[n_moves:]])
     done = [_move(moved, codes[: len(moved)], magnitude)]
     for code, group in enumerate(groups, start=n_moves):
         if len(group):
             op = tuple(OPS)[code // 2]
             done.append(OPS[op](group, signed_magnitude(op, code % 2 == 1, magnitude, height, width)))
-    return torch.cat(done).index_select(0, _to(order.argsort(), images_BCHW.device))
+    return torch.cat(done).index_select(0, send(order.argsort(), images_BCHW.device))
 
 
 def _move(images_BCHW: Tensor, codes_B: Tensor, magnitude: int) -> Tensor:
     """All moves of a batch in one gather."""
     source = _move_sources(*images_BCHW.shape[2:], magnitude, images_BCHW.device)
     with_black = nn_functional.pad(images_BCHW.flatten(2), (1, 0))
-    moved = _gather(with_black, source.index_select(0, _to(codes_B, images_BCHW.device)))
+    moved = _gather(with_black, source.index_select(0, send(codes_B, images_BCHW.device)))
     return moved.view(images_BCHW.shape)
 
 
@@ -216,7 +217,7 @@ def _move_sources(height: int, width: int, magnitude: int, device: torch.device)
         for op, move in MOVES.items()
         for negative in (False, True)
     ]
-    return _to(torch.cat(moved).flatten(1).long(), device)
+    return send(torch.cat(moved).flatten(1).long(), device)
 
 
 # Random erasing (Zhong et al. 2020) ----------------------------------------------------------------
@@ -234,10 +235,10 @@ def draw_erasures(n_images: int, height: int, width: int, p: float, generator: t
 
 def erase(images_BCHW: Tensor, boxes_B4: Tensor, fill: Sequence[int]) -> Tensor:
     """Paint each sample's box in the colour `fill` (C levels)."""
-    colour = _to(torch.tensor(fill, dtype=torch.uint8), images_BCHW.device).view(1, -1, 1, 1)
+    colour = send(torch.tensor(fill, dtype=torch.uint8), images_BCHW.device).view(1, -1, 1, 1)
 
     def paint(images: Tensor, chosen: Tensor) -> Tensor:
-        top, left, height, width = _to(boxes_B4[chosen], images.device)[:, :, None].unbind(1)
+        top, left, height, width = send(boxes_B4[chosen], images.device)[:, :, None].unbind(1)
         row, column = (torch.arange(length, device=images.device) for length in images.shape[2:])
         rows = (row >= top) & (row < top + height)
         columns = (column >= left) & (column < left + width)
@@ -249,11 +250,6 @@ def erase(images_BCHW: Tensor, boxes_B4: Tensor, fill: Sequence[int]) -> Tensor:
 # Shared --------------------------------------------------------------------------------------------
 
 
-def _to(tensor: Tensor, device: torch.device) -> Tensor:
-    """A small CPU tensor on `device`; pinned for CUDA, as a pageable copy waits for the queue to drain."""
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
-
-
 def _change_some(images_BCHW: Tensor, chosen_B: Tensor, change: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
     """`change(images, indices)` applied to the chosen samples alone (bool, on the CPU).
 
@@ -262,8 +258,8 @@ def _change_some(images_BCHW: Tensor, chosen_B: Tensor, change: Callable[[Tensor
     chosen = chosen_B.nonzero().flatten()  # on the CPU, so that no device is waited for
     place = torch.arange(len(chosen_B))
     place[chosen] = len(chosen_B) + torch.arange(len(chosen))
-    changed = change(images_BCHW.index_select(0, _to(chosen, images_BCHW.device)), chosen)
-    return torch.cat([images_BCHW, changed]).index_select(0, _to(place, images_BCHW.device))
+    changed = change(images_BCHW.index_select(0, send(chosen, images_BCHW.device)), chosen)
+    return torch.cat([images_BCHW, changed]).index_select(0, send(place, images_BCHW.device))
 
 
 def _gather(pixels_BCQ: Tensor, source_BP: Tensor) -> Tensor:

@@ -1,12 +1,15 @@
 """The epoch iterator: rows of the store -> device -> augmentation -> resize -> normalise.
 
 All randomness is derived from (seed, epoch, step), so an iterator holds no state: any step of any epoch
-can be made again alone. There are no worker processes; at these sizes tensors are faster.
+can be made again alone. There are no worker processes; at these sizes tensors are faster. Rows that are not
+resident on the device are read one batch ahead, by a thread, so that a disk works while the device does.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import mmap
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -17,10 +20,13 @@ from torchvision.transforms.v2 import functional as F
 
 from src.config import AugmentConfig
 from src.data.augment import augment
+from src.device import send
 
 Transform = Callable[[torch.Tensor, torch.Generator], torch.Tensor]
 # Share of the free device memory that the data may take to stay resident there.
 RESIDENT_SHARE = 0.4
+# Bytes read from a memory map before the pages that they came from are given back.
+MAPPED_BYTES = 2**30
 
 
 def derived_seed(*numbers: int) -> int:
@@ -112,24 +118,70 @@ class Batches:
     def epoch(self, seed: int, epoch: int, start: int = 0) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Shuffled, augmented (inputs, labels_B) of one epoch from step `start` on."""
         order_M = np.random.default_rng([seed, epoch]).permutation(self.index_M)
-        for step, index_B in enumerate(np.array_split(order_M, len(self))):
-            if step < start:
-                continue
+        parts = np.array_split(order_M, len(self))[start:]
+        for step, (inputs, labels_B) in enumerate(self._taken(parts), start):
             generator = torch.Generator().manual_seed(derived_seed(seed, epoch, step))
-            inputs, labels_B = self._take(index_B)
             yield (self.transform(inputs, generator) if self.transform else self._prepare(inputs)), labels_B
 
     def in_order(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """(inputs, labels_B) once through the split in its own order, never augmented."""
-        for index_B in np.array_split(self.index_M, len(self)):
-            inputs, labels_B = self._take(index_B)
+        for inputs, labels_B in self._taken(np.array_split(self.index_M, len(self))):
             yield self._prepare(inputs), labels_B
 
     def _prepare(self, inputs: torch.Tensor) -> torch.Tensor:
         return self.preprocess(inputs) if self.preprocess else inputs
 
-    def _take(self, index_B: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
-        labels_B = torch.from_numpy(self.labels_N[index_B]).to(self.device)
-        if isinstance(self.rows, torch.Tensor):
-            return self.rows[torch.from_numpy(index_B).to(self.device)], labels_B
-        return torch.from_numpy(self.rows[index_B]).to(self.device), labels_B
+    def _taken(self, parts: Sequence[np.ndarray]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """(rows, labels_B) of each part on the device."""
+        labels_N = torch.from_numpy(self.labels_N).to(self.device)
+        read = None if isinstance(self.rows, torch.Tensor) else self._read_ahead(parts)
+        for part_B in parts:
+            index_B = send(torch.from_numpy(part_B), self.device)
+            yield (
+                next(read) if read else self.rows.index_select(0, index_B),
+                labels_N.index_select(0, index_B),
+            )
+
+    def _read_ahead(self, parts: Sequence[np.ndarray]) -> Iterator[torch.Tensor]:
+        """Rows read from the array by a thread, the next part while this one is used, then sent."""
+        stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
+        read = _reader(self.rows)
+        with ThreadPoolExecutor(1) as thread:
+            coming = None
+            for index_B in parts:
+                ready, coming = coming, thread.submit(read, index_B)
+                if ready:
+                    yield _send_aside(ready.result(), self.device, stream)
+            if coming:
+                yield _send_aside(coming.result(), self.device, stream)
+
+
+def _reader(rows: np.ndarray) -> Callable[[np.ndarray], torch.Tensor]:
+    """`rows[index]` as a tensor. Of a memory map not more than about `MAPPED_BYTES` stay in the process.
+
+    What was read remains in the system's page cache, which gives way to whoever needs the memory.
+    """
+    n_bytes = 0
+
+    def read(index_B: np.ndarray) -> torch.Tensor:
+        nonlocal n_bytes
+        taken = torch.from_numpy(rows[index_B])
+        n_bytes += taken.nbytes
+        if n_bytes > MAPPED_BYTES and isinstance(rows, np.memmap) and hasattr(mmap, "MADV_DONTNEED"):
+            rows._mmap.madvise(mmap.MADV_DONTNEED)
+            n_bytes = 0
+        return taken
+
+    return read
+
+
+def _send_aside(rows_B: torch.Tensor, device: torch.device, stream: torch.cuda.Stream | None) -> torch.Tensor:
+    """`send`, on a stream of its own where there is one: the copy passes while the device computes."""
+    if stream is None:
+        return send(rows_B, device)
+    with torch.cuda.stream(stream):
+        sent = send(rows_B, device)
+    current = torch.cuda.current_stream(device)
+    current.wait_stream(stream)
+    sent.record_stream(current)  # its memory is not reused before the computation is done with it
+    return sent
