@@ -14,7 +14,7 @@ READY := $(VENV)/.ready
 settings = profile='$(PROFILE)' protocol='$(PROTOCOL)' data_dir='$(DATA)' seed='$(SEED)'
 
 .DEFAULT_GOAL := help
-.PHONY: help quick baseline improvement test slow check format notebooks readme clean
+.PHONY: help quick baseline improvement test slow bench check format notebooks readme clean
 
 help:  ## List the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -37,6 +37,9 @@ test: $(READY)  ## Run the test suite (ARGS= goes to pytest)
 slow: $(READY)  ## Run the slow tests (real data where TINY_IMAGENET_DIR names it)
 	@$(PY) -m pytest -m slow $(ARGS)
 
+bench: $(READY)  ## Time the conventional way against this one (quiet machine, an hour; ARGS= goes on)
+	@$(PY) -m bench $(if $(DATA),--data '$(DATA)') $(ARGS)
+
 check: $(READY)  ## Lint; thin notebooks; README names and numbers; results against their CSVs; sizes
 	@$(PY) -m tools.check
 
@@ -46,7 +49,7 @@ format: $(READY)  ## Format the code and sort its imports
 notebooks: $(READY)  ## Strip outputs from the notebooks before a commit
 	@$(PY) -m nbstripout notebook/*.ipynb
 
-readme: $(READY)  ## Write the README's results table anew from results/
+readme: $(READY)  ## Write the README's tables anew from results/ and bench/results/
 	@$(PY) -m tools.readme
 
 clean:  ## Remove the environment, caches and quick outputs; runs/ and results/ stay

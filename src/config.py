@@ -136,6 +136,11 @@ class Config:
         """Folder of the run under `runs/`: one per arm, profile, protocol and seed."""
         return f"{self.arm}-{self.profile}-{self.data.protocol}-seed{self.train.seed}"
 
+    @property
+    def caches_features(self) -> bool:
+        """True where a frozen backbone sees the same images in every epoch, and so runs once."""
+        return self.model.trainable == "none" and self.augment.is_identity and self.train.cache_features
+
 
 CHOICES = {
     "arm": ("baseline", "improvement"),

@@ -102,6 +102,8 @@ def prepare(config: Config, paths: Paths) -> Setup:
     splits = make_splits(store, config.data)
     built = build_model(config.model, store.wnids, config.train.seed)
     device = choose_device(config.model.image_size, config.train.batch_size)
+    if config.caches_features:  # they are small: the whole batch at once
+        device = replace(device, micro_batch=config.train.batch_size)
     return Setup(config, paths, store, splits, built, device, git_commit())
 
 
@@ -147,9 +149,6 @@ def train_and_predict(setup: Setup) -> None:
     """Fit, keep the best weights, score `valid` once. The logits, written last, mark a finished run."""
     config, device, model, folder = setup.config, setup.device, setup.model, setup.run_folder
     data, valid, feature_seconds = make_batches(setup)
-    if data.cached:  # features are small: the whole batch at once
-        setup = replace(setup, device=replace(device, micro_batch=config.train.batch_size))
-        device = setup.device
     progress = fit(model, data, config, device, folder)
     state = {name: value.contiguous() for name, value in model.learned_state().items()}
     write_atomically(folder / "model.safetensors", lambda partial: save_file(state, partial))
@@ -170,7 +169,7 @@ def make_batches(setup: Setup) -> tuple[FitData, Batches, float]:
     """Training data, `valid`, and the seconds that features took (0 where none are cached)."""
     config, store, device = setup.config, setup.store, setup.device
     model = setup.model.to(device.torch_device).eval()
-    cached = model.frozen and config.augment.is_identity and config.train.cache_features
+    cached = config.caches_features
     # Images that are looked at once, or not at all, need no place on the device.
     rows = store.images if cached else to_device(store.images, device.torch_device)
     prepared, seconds = setup.built.preprocess, 0.0

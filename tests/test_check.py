@@ -21,8 +21,10 @@ README = f"""# Thing
 ```
 git clone {URL}.git
 ```
-{readme.BEGIN}
-{readme.END}
+<!-- results:begin -->
+<!-- results:end -->
+<!-- speed:begin -->
+<!-- speed:end -->
 """
 
 
@@ -166,7 +168,7 @@ def test_readme_numbers_and_the_command_that_mends_them(repo):
 
 
 def test_readme_without_markers(repo):
-    edit(repo / "README.md", readme.END, "")
+    edit(repo / "README.md", "<!-- speed:end -->", "")
     assert "markers" in check.readme_numbers(repo)[0]
 
 

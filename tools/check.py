@@ -105,7 +105,7 @@ def readme_names(root: Path) -> list[str]:
     for token in re.findall(r"(?<!`)`([^`\n]+)`(?!`)", prose):
         if _is_path(token, files) and not _exists(token, files, root):
             failures.append(f"README.md names `{token}`, which does not exist")
-    for module in re.findall(r"python3? -m ((?:src|tools)[.\w]*)", text):
+    for module in re.findall(r"python3? -m ((?:src|tools|bench)[.\w]*)", text):
         stem = module.replace(".", "/")
         if f"{stem}.py" not in files and f"{stem}/__init__.py" not in files:
             failures.append(f"README.md runs `python -m {module}`, which does not exist")
