@@ -6,7 +6,7 @@ import subprocess
 import sys
 import time
 
-NAMES = ("input", "start", "baseline", "train_step", "arms", "scaling", "large_store")
+NAMES = ("input", "start", "baseline", "train_step", "arms", "scaling", "large_store", "hotspots")
 
 
 def main() -> int:

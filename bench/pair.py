@@ -7,6 +7,7 @@ its rounds alternate with the other's, so that a change in the machine's speed f
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
 import os
@@ -71,13 +72,15 @@ class Worker:
 
     def round(self) -> dict[str, float]:
         """One round. Raises `SetupError` where the worker ended; its own words are on stderr."""
-        self.process.stdin.write("round\n")
-        self.process.stdin.flush()
+        with contextlib.suppress(BrokenPipeError):  # it died since; the answer tells
+            self.process.stdin.write("round\n")
+            self.process.stdin.flush()
         return self._answer()
 
     def stop(self) -> None:
         """End the process and wait for it."""
-        self.process.stdin.close()
+        with contextlib.suppress(BrokenPipeError):
+            self.process.stdin.close()
         self.process.wait()
 
     def _answer(self) -> dict[str, float]:

@@ -6,6 +6,7 @@ copy and a large matrix product. After Williams et al. (2009), operation by oper
 
 from __future__ import annotations
 
+import copy
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -70,12 +71,12 @@ def _moves_nothing(func) -> bool:
     """Views and allocations."""
     aliases = [value.alias_info for value in func._schema.returns]
     is_view = any(alias is not None and not alias.is_write for alias in aliases)
-    return is_view or func._overloadpacket.__name__.startswith(("empty", "new_empty", "detach"))
+    return is_view or func._overloadpacket.__name__.startswith(("empty", "new_empty", "_unsafe_view"))
 
 
 def count_step(model: torch.nn.Module, batch: int, size: int, dtype: torch.dtype) -> Tally:
     """Forward and backward of one batch, on a copy of `model` without data. The optimizer comes on top."""
-    model = model.to(device="meta", dtype=dtype).train()
+    model = copy.deepcopy(model).to(device="meta", dtype=dtype).train()
     images = torch.empty(batch, 3, size, size, device="meta", dtype=dtype)
     labels = torch.zeros(batch, device="meta", dtype=torch.long)
     with Tally() as tally:

@@ -56,7 +56,7 @@ def our_step(
     resident: bool = False,
 ) -> Round:
     """Steps of `Trainer` on its own batches, or on one batch again and again (`resident`)."""
-    trainer = _trainer(_config(folder, batch, compiled), precision)
+    trainer = ready_trainer(_config(folder, batch, compiled), precision)
     config, device, data = trainer.config, trainer.device.torch_device, trainer.data.fit
     step = trainer.train_step
     if contiguous:
@@ -82,7 +82,7 @@ def _config(folder: str, batch: int, compiled: bool = False) -> Config:
     return arm_config("improvement", folder, {"train.batch_size": batch, "train.compile": compiled})
 
 
-def _trainer(config: Config, precision: str) -> Trainer:
+def ready_trainer(config: Config, precision: str = "") -> Trainer:
     """A run that is ready for its first step, in a scratch folder."""
     scratch = Path(tempfile.mkdtemp())
     cache = experiment.Paths.of("full").cache / "bench" / "train_step"

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 from bench.pair import ROUNDS
+from src import SetupError
 from src.config import Config, with_fields
 from src.data.sources import open_source
 from src.experiment import Paths, configure
@@ -58,9 +59,13 @@ def random_weights(tag: str) -> Path:
 
 
 def image_folder(data: str, classes: int, train_per_class: int, valid_per_class: int) -> Path:
-    """`train/` and `valid/` with class folders: the first images of the first classes, as their own files."""
+    """`train/` and `valid/` with class folders: the first images of the first classes, as their own files.
+
+    Raises `SetupError` where the data hold fewer.
+    """
     source = open_source(configure("baseline", profile(), data).data, CACHE.parent)
-    folder = CACHE / f"{source.name}-{classes}x{train_per_class}+{valid_per_class}"
+    counts = f"{classes}x{train_per_class}+{valid_per_class}"
+    folder = CACHE / source.fingerprint[:12] / f"{source.name}-{counts}"
     if folder.exists():
         return folder
     partial = folder.with_suffix(".partial")
@@ -74,6 +79,8 @@ def image_folder(data: str, classes: int, train_per_class: int, valid_per_class:
             target = partial / example.split / source.wnids[example.label] / f"{taken[key]:05d}.jpeg"
             target.parent.mkdir(parents=True, exist_ok=True)
             target.write_bytes(example.read())
+    if taken.total() != classes * (train_per_class + valid_per_class):
+        raise SetupError(f"{source.name} has only {taken.total()} of the {counts} images that are wanted.")
     partial.rename(folder)
     return folder
 

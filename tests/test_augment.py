@@ -83,6 +83,15 @@ def test_every_op_and_sign_equals_torchvision(size, magnitude):
         assert ours.equal(torchvision_v2(image, code, magnitude)), (code, magnitude)
 
 
+@pytest.mark.parametrize("size", [*SIZES, (3, 3), (2, 5), (5, 2), (1, 1)])
+@pytest.mark.parametrize("factor", [0.0, 0.1, 0.73, 1.0, 1.9])
+def test_sharpness_is_torchvision_s(size, factor):
+    images = varied_images(*size)
+    before = images.clone()
+    assert aug._sharpness(images, factor).equal(F.adjust_sharpness(images, factor))
+    assert images.equal(before)
+
+
 @pytest.mark.parametrize("code", all_codes())
 def test_study_version_of_torchvision(code):
     """The study used v1, of which some colour ops round differently, by one level."""
@@ -183,6 +192,39 @@ def test_flip():
     some = aug.augment(images, AugmentConfig(flip=0.3), seeded(), FILL)
     n_flipped = int((some == images.flip(-1)).flatten(1).all(1).sum())
     assert stats.binomtest(n_flipped, 400, 0.3).pvalue > 0.01
+
+
+# Chosen samples
+
+
+def some_chosen(which: str, n: int) -> torch.Tensor:
+    every_third = torch.arange(n) % 3 == 1
+    return {"none": torch.zeros(n), "some": every_third, "all": torch.ones(n)}[which].bool()
+
+
+@pytest.mark.parametrize("n", [30, 1, 0])
+@pytest.mark.parametrize("which", ["none", "some", "all"])
+def test_flip_and_erase_change_the_chosen_alone(which, n):
+    images = random_images(30, 20, 33)[:n]
+    before, chosen = images.clone(), some_chosen(which, n)
+    boxes = aug.draw_erasures(30, 20, 33, 1.0, seeded())[:n] * chosen[:, None]
+    colour = torch.tensor(FILL, dtype=torch.uint8)[:, None, None]
+    flipped, erased = aug.flip(images, chosen), aug.erase(images, boxes, FILL)
+    for i, (image, box) in enumerate(zip(images, boxes.tolist(), strict=True)):
+        assert flipped[i].equal(image.flip(-1) if chosen[i] else image)
+        assert erased[i].equal(F.erase(image, *box, colour) if chosen[i] else image)
+        assert not chosen[i] or not (flipped[i].equal(image) or erased[i].equal(image))
+    for out in (flipped, erased):
+        assert out.dtype == torch.uint8 and out.shape == images.shape
+    assert images.equal(before)
+
+
+def test_an_empty_selection_is_still_shown():
+    """`change` sees no images, in their shape, rather than being left out: nothing has to be known of it."""
+    images, seen = random_images(5), []
+    nobody = torch.zeros(5, dtype=torch.bool)
+    out = aug._change_some(images, nobody, lambda some, which: seen.append((some.shape, len(which))) or some)
+    assert out.equal(images) and seen == [((0, 3, 24, 24), 0)]
 
 
 # Erasing

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import mmap
+import threading
+import time
 from dataclasses import replace
 
 import numpy as np
@@ -14,6 +17,7 @@ from PIL import Image
 from torchvision.transforms.v2 import functional as F
 
 from src.config import AugmentConfig
+from src.data import batches as batches_module
 from src.data.batches import Batches, Preprocess, derived_seed, to_device, training_transform
 
 CPU = torch.device("cpu")
@@ -109,6 +113,112 @@ def test_resident_tensors_give_the_same_batches():
 def test_derived_seeds_depend_on_every_number_and_its_place():
     seeds = [derived_seed(*numbers) for numbers in [(0, 0, 1), (0, 1, 0), (1, 0, 0), (0, 0, 1, 1), (0, 0, 2)]]
     assert len(set(seeds)) == len(seeds) and all(0 <= seed < 2**63 for seed in seeds)
+
+
+# -------------------------------------------------------------------------------------- reading ahead
+
+
+def mapped(tmp_path, rows: np.ndarray, mode: str = "r") -> np.memmap:
+    np.save(tmp_path / "rows.npy", rows)
+    return np.load(tmp_path / "rows.npy", mmap_mode=mode)
+
+
+@pytest.mark.parametrize("mode", ["r", "c"])  # as the store and the features are opened
+def test_rows_of_a_memory_map_give_the_same_batches(tmp_path, mode):
+    plain = augmented(23)
+    ahead = replace(plain, rows=mapped(tmp_path, plain.rows, mode))
+    assert isinstance(ahead.rows, np.memmap)
+    for start in (0, 2, 5):
+        passes = list(zip(plain.epoch(1, 2, start), ahead.epoch(1, 2, start), strict=True))
+        assert len(passes) == 5 - start
+        assert all(torch.equal(a, b) for ours, theirs in passes for a, b in zip(ours, theirs, strict=True))
+    passes = list(zip(plain.in_order(), ahead.in_order(), strict=True))
+    assert len(passes) == 5
+    assert all(torch.equal(a, b) for ours, theirs in passes for a, b in zip(ours, theirs, strict=True))
+    expected = PREPROCESS(torch.from_numpy(plain.rows))
+    assert torch.equal(torch.cat([x for (x, _), _ in passes]), expected)
+
+
+class Recorded(np.ndarray):
+    """An array that notes in which thread rows were taken from it, and which."""
+
+    log: list[tuple[int, list]]
+
+    def __array_finalize__(self, source):
+        self.log = getattr(source, "log", [])
+
+    def __getitem__(self, index):
+        self.log.append((threading.get_ident(), index.tolist()))
+        return super().__getitem__(index).view(np.ndarray)
+
+
+def test_one_batch_is_read_ahead_by_another_thread():
+    batches = numbered(20, 5)
+    rows = batches.rows.view(Recorded)
+    steps = replace(batches, rows=rows).in_order()
+    parts = [part.tolist() for part in np.array_split(batches.index_M, 4)]
+    for step, (inputs, _) in enumerate(steps):
+        assert inputs[:, 0].tolist() == parts[step]
+        ahead, deadline = min(step + 2, 4), time.monotonic() + 20
+        while len(rows.log) < ahead and time.monotonic() < deadline:
+            time.sleep(0.001)
+        assert len(rows.log) == ahead
+    assert [part for _, part in rows.log] == parts
+    assert len({thread for thread, _ in rows.log} - {threading.get_ident()}) == 1
+
+
+@pytest.mark.parametrize("order", ["epoch", "in_order"])
+@pytest.mark.parametrize("taken", [1, 3, 4])
+def test_no_reader_is_left_behind(tmp_path, order, taken):
+    batches = numbered(20, 5)
+    batches = replace(batches, rows=mapped(tmp_path, batches.rows))
+    before = set(threading.enumerate())
+    steps = batches.epoch(0, 0) if order == "epoch" else batches.in_order()
+    for number, _ in enumerate(steps, start=1):
+        assert len(set(threading.enumerate()) - before) == 1
+        if number == taken:
+            break
+    steps.close()
+    assert set(threading.enumerate()) == before
+
+
+class Spy:
+    """A memory map that counts what it is advised of."""
+
+    def __init__(self, mapping: mmap.mmap) -> None:
+        self.mapping, self.advice = mapping, []
+
+    def madvise(self, option: int) -> None:
+        self.advice.append(option)
+        self.mapping.madvise(option)
+
+
+@pytest.mark.skipif(not hasattr(mmap, "MADV_DONTNEED"), reason="this system has no such advice")
+@pytest.mark.parametrize(("batches_between", "times"), [(0, 8), (2.5, 2), (100, 0)])
+@pytest.mark.parametrize("mode", ["r", "c"])
+def test_pages_are_given_back_and_rows_stay_right(tmp_path, monkeypatch, mode, batches_between, times):
+    """Eight batches of 4 images; pages go after the first one with which more than so many were read."""
+    plain = augmented(32, 4)
+    rows = mapped(tmp_path, plain.rows, mode)
+    rows._mmap = spy = Spy(rows._mmap)
+    monkeypatch.setattr(batches_module, "MAPPED_BYTES", batches_between * plain.rows[:4].nbytes)
+    ahead = replace(plain, rows=rows)
+    for ours, theirs in zip(ahead.epoch(0, 1), plain.epoch(0, 1), strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+    assert spy.advice == [mmap.MADV_DONTNEED] * times
+    assert np.array_equal(rows, plain.rows)
+
+
+def test_an_exception_in_reading_reaches_the_caller(tmp_path):
+    batches = numbered(20, 5)
+    index_M = np.append(batches.index_M[:9], 60)  # two batches of 5; there are 60 rows
+    batches = replace(batches, rows=mapped(tmp_path, batches.rows), index_M=index_M, labels_N=np.arange(61))
+    before = set(threading.enumerate())
+    steps = batches.in_order()
+    assert next(steps)[0][:, 0].tolist() == index_M[:5].tolist()
+    with pytest.raises(IndexError, match="60 is out of bounds"):
+        next(steps)
+    assert list(steps) == [] and set(threading.enumerate()) == before
 
 
 # -------------------------------------------------------------------------------------- preprocessing

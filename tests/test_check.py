@@ -33,7 +33,7 @@ def repo(tmp_path: Path) -> Path:
     """A sound miniature repository with one notebook and one arm's results."""
     subprocess.run(["git", "init", "--quiet", str(tmp_path)], check=True)
     files = {
-        "Makefile": "quick:  ## run\n\techo\n",
+        "Makefile": "quick:  ## run\n\techo\nbench:  ## time\n\techo\n",
         "LICENSE": "MIT\n",
         "CITATION.cff": f'repository-code: "{URL}"\n',
         "src/__init__.py": "",

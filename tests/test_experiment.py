@@ -243,6 +243,36 @@ def test_features_are_computed_once_and_anew_for_other_weights(pets, weights, tm
     assert sum(calls) == 96
 
 
+def test_a_batch_of_cached_features_takes_one_pass(pets, weights, tmp_path, monkeypatch):
+    """Images go through the model in parts that fit; features are small."""
+    monkeypatch.setattr(experiment, "choose_device", lambda *_: tiny.device(micro_batch=2))
+    uncached = {
+        "not cached": {"train__cache_features": False},
+        "augmented": {"augment__flip": 0.5},
+        "trained": {"model__trainable": "all"},
+    }
+    for name, changes in uncached.items():
+        config = own(pets, weights, "baseline", **changes)
+        assert not config.caches_features, name
+        assert prepare(config, paths(tmp_path)).device.micro_batch == 2, name
+    improvement = own(pets, weights, "improvement")
+    assert not improvement.caches_features
+    assert prepare(improvement, paths(tmp_path)).device.micro_batch == 2
+
+    passes, original = [], Classifier.classify
+    monkeypatch.setattr(
+        Classifier,
+        "classify",
+        lambda self, x: (passes.append(len(x)) if self.training else None, original(self, x))[1],
+    )
+    config = own(pets, weights, "baseline", train__epochs=1)
+    assert config.caches_features
+    setup = trained(config, tmp_path)
+    assert setup.device.micro_batch == 5 and setup.device.eval_batch == tiny.device().eval_batch
+    assert passes == [5, 5, 4, 4]
+    assert read_json(setup.run_folder / "facts.json")["micro_batch"] == 5
+
+
 def test_augmented_or_trained_images_are_not_cached(pets, weights, tmp_path):
     for changes in ({"augment__flip": 0.5}, {"model__trainable": "all"}):
         data, _, _ = make_batches(prepare(own(pets, weights, "baseline", **changes), paths(tmp_path)))
@@ -268,6 +298,17 @@ def test_valid_is_scored_once_and_trained_on_never(pets, weights, tmp_path, monk
     else:  # chosen on valid, as the study did: once an epoch, and all of train is trained on
         assert np.isin(in_training, valid).sum() == epochs * 8
         assert len(in_training) == epochs * (24 + 8)
+
+
+def test_libraries_of_the_report_wait_for_it():
+    """They take seconds to import, and the first step of training needs none of them."""
+    late = {"matplotlib", "pandas", "sklearn", "statsmodels", "src.evaluate", "src.figures", "src.report"}
+    script = "import sys, src.experiment; print(*sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    loaded = set(done.stdout.split())
+    assert "src.train" in loaded and not late & loaded
 
 
 # ----------------------------------------------------------------------------------- killed and resumed

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import traceback
 
 import numpy as np
 import pytest
@@ -91,6 +92,98 @@ def test_a_step_is_adamw_on_the_clipped_gradient_at_the_scheduled_rate(tmp_path)
     assert all(p.grad is None for p in subject.model.parameters())
 
 
+# ------------------------------------------------------------------------ speed and memory, nothing else
+
+
+def gradients_of_a_step(tmp_path, config, micro_batch: int):
+    """(sums, gradients by name, passes through the first block) of one step, with dropout in every block."""
+    subject = trainer(tmp_path, config, micro_batch)
+    torch.nn.init.constant_(subject.model.spatial.gate, 0.1)
+    blocks = [block for stage in subject.model.backbone.stages for block in stage.blocks]
+    for block in blocks:
+        block.drop_path = torch.nn.Dropout(0.3)
+    subject.model.train()
+    subject.optimizer.step = lambda: None
+    subject.optimizer.zero_grad = lambda **_: None
+    passes = []
+    blocks[0].register_forward_pre_hook(lambda *_: passes.append(1))
+    sums = subject.train_step(*next(subject.data.fit.epoch(0, 0)))
+    return sums, {name: p.grad for name, p in subject.model.named_parameters()}, len(passes)
+
+
+@pytest.mark.parametrize("micro_batch", [3, 64])
+def test_gradient_checkpointing_gives_the_same_gradients(tmp_path, micro_batch):
+    """The blocks that are computed twice drop the same values both times."""
+    steps = []
+    for checkpointing in (False, True):
+        config = tiny.config(optim__clip_norm=0.0, train__grad_checkpointing=checkpointing)
+        steps.append(gradients_of_a_step(tmp_path, config, micro_batch))
+    (sums, gradients, passes), (sums_again, gradients_again, passes_again) = steps
+    assert passes_again == 2 * passes > 0
+    torch.testing.assert_close(sums_again, sums, rtol=1e-6, atol=0)
+    assert gradients_again.keys() == gradients.keys()
+    for name, gradient in gradients.items():
+        scale = gradient.abs().max().item()
+        assert scale > 0, name
+        torch.testing.assert_close(gradients_again[name], gradient, rtol=1e-4, atol=1e-5 * scale, msg=name)
+
+
+def test_gradient_checkpointing_refuses_batch_normalisation(tmp_path):
+    config = tiny.config(train__grad_checkpointing=True)
+    with pytest.raises(SetupError, match="grad_checkpointing = True .* batch normalisation"):
+        trainer(tmp_path, config, backbone=tiny.EFFICIENTNET)
+    trainer(tmp_path, tiny.config(), backbone=tiny.EFFICIENTNET)
+
+
+@pytest.mark.slow
+def test_compiled_steps_are_the_same(tmp_path):
+    """Two epochs in parts of unequal size, the scores on `holdout` between them."""
+    histories, states, calls = [], [], []
+    compile_ = torch.compile
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "compile", lambda function: calls.append(function) or compile_(function))
+        for compiled in (False, True):
+            config = tiny.config(**PLAIN, train__compile=compiled, optim__lr=1e-4)
+            model, progress = run(tmp_path, config, f"compiled{compiled}")
+            histories.append(progress.history)
+            states.append(model.state_dict())
+    assert len(calls) == 1 and len(histories[0]) == 2
+    for ours, theirs in zip(*histories, strict=True):
+        assert ours == pytest.approx(theirs, rel=2e-3)
+    assert states[0].keys() == states[1].keys()
+    for name, value in states[0].items():
+        torch.testing.assert_close(states[1][name], value, rtol=1e-2, atol=1e-3, msg=name)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="calls are queued where there is no GPU alone")
+def test_steps_file_nothing_away(tmp_path, monkeypatch):
+    """Without a GPU, torch writes down where each call came from that waits for one."""
+    subject = trainer(tmp_path, tiny.config())
+    steps = list(subject.data.fit.epoch(0, 0))
+    before, stacks, format_stack = len(torch.cuda._queued_calls), [], traceback.format_stack
+    monkeypatch.setattr(traceback, "format_stack", lambda *a: stacks.append(1) or format_stack(*a))
+    for inputs, labels_B in steps:
+        subject.train_step(inputs, labels_B)
+    assert len(steps) == 3 and len(torch.cuda._queued_calls) == before and not stacks
+    torch.manual_seed(0)
+    assert stacks  # so that the test can fail
+
+
+def test_dropout_is_seeded_as_torch_would():
+    def mask():
+        return F.dropout(torch.ones(1000), 0.5)
+
+    masks = []
+    for seed in (3, 2**63 - 1, 0):
+        torch.manual_seed(seed)
+        expected = mask()
+        mask()
+        train.seed_dropout(seed)
+        assert torch.equal(mask(), expected) and not torch.equal(mask(), expected)
+        masks.append(expected)
+    assert not torch.equal(masks[0], masks[1]) and not torch.equal(masks[0], masks[2])
+
+
 # -------------------------------------------------------------------------------------------- history
 
 
@@ -112,8 +205,7 @@ def test_history_is_sums_over_rows(tmp_path):
 
     fit_nll, fit_uniform, fit_correct = rows(data.fit)
     nll, _, correct = rows(data.holdout)
-    frame = progress.history_frame()
-    assert frame["epoch"].tolist() == [1, 2] and len(progress.seconds) == 2
+    assert [row["epoch"] for row in progress.history] == [1, 2] and len(progress.seconds) == 2
     for row in progress.history:
         assert row["fit_loss"] == pytest.approx((0.9 * fit_nll + 0.1 * fit_uniform).mean(), rel=1e-5)
         assert row["fit_accuracy"] == pytest.approx(fit_correct.mean())
