@@ -20,6 +20,7 @@ from pathlib import Path
 
 import torch
 
+from bench.tables import short
 from src import SetupError
 from src.device import choose_device, git_commit, peak_memory_gb, versions
 from src.files import write_json
@@ -126,11 +127,7 @@ def take_turns(ways: dict[str, tuple[str, dict]], rounds: int = ROUNDS, warmup: 
 
 def spread(summary: dict[str, float]) -> str:
     """`median [low, high]` to three digits."""
-    return "{} [{}, {}]".format(*(_short(summary[key]) for key in ("median", "low", "high")))
-
-
-def _short(value: float) -> str:
-    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+    return "{} [{}, {}]".format(*(short(summary[key]) for key in ("median", "low", "high")))
 
 
 def hardware_folder() -> Path:

@@ -15,13 +15,14 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision import transforms
 
-from bench import conventional, workload
+from bench import conventional, tables, workload
 from bench.pair import Case, spread, take_turns
 from bench.roofline import ADAMW_BYTES, Rates, Tally, count_step
 from src import SetupError
 from src.config import DataConfig
 from src.data.batches import Preprocess
 from src.data.sources import open_source
+from src.files import write_json
 from src.model.build import gmacs
 
 # ------------------------------------------------------------------------------------------ taking turns
@@ -394,3 +395,30 @@ def test_a_view_of_a_fresh_product_moves_nothing():
     with Tally() as tally:
         nn.functional.linear(torch.empty(2, 3, 4), torch.empty(5, 4))
     assert len(tally.operations) == 1
+
+
+# ------------------------------------------------------------------------------------------------ tables
+
+
+def measured(root, hardware: str, benchmark: str, rows: dict) -> None:
+    folder = root / "bench" / "results" / hardware.lower().replace(" ", "-")
+    write_json(folder / f"{benchmark}.json", {"hardware": hardware, "rows": rows})
+
+
+def compared(conventional: float, ours: float, unit: str = "images/s") -> dict:
+    case = Case({"conventional": {"x": [conventional]}, "ours": {"x": [ours]}})
+    return case.row("x", "training batches", unit)
+
+
+def test_the_speed_table_says_what_was_measured_and_what_was_not(tmp_path):
+    measured(tmp_path, "AMD 2 CPU cores", "input", {"train_224": compared(500, 2500)})
+    cpu, gpu = tables.speed(tmp_path).split("\n\n")
+    assert "| training batches | 500 images/s | 2,500 images/s | **5.0** [5.0, 5.0] |" in cpu
+    assert "AMD 2 CPU cores" in cpu and gpu.count("not measured yet") == 3 and "make bench" in gpu
+    measured(tmp_path, "Tesla T4", "input", {"train_224": compared(1000, 4000)})
+    both = tables.speed(tmp_path)
+    assert "not measured yet" not in both and "Tesla T4" in both and "**4.0**" in both
+
+
+def test_tables_of_nothing_are_empty(tmp_path):
+    assert tables.steps(tmp_path) == tables.growth(tmp_path) == tables.hotspots(tmp_path) == ""

@@ -138,13 +138,16 @@ def _exists(token: str, files: list[str], root: Path) -> bool:
 
 
 def readme_numbers(root: Path) -> list[str]:
-    """The README's results table is the one that `make readme` writes."""
-    text = (root / "README.md").read_text(encoding="utf-8")
-    try:
-        same = readme.rewritten(text, root) == text
-    except (ValueError, KeyError) as error:
-        return [f"README.md: results table: {error}"]
-    return [] if same else ["README.md: the results table differs from results/; run `make readme`"]
+    """The tables of README.md and bench/README.md are those that `make readme` writes."""
+    failures = []
+    for page in (page for page in readme.PAGES if (root / page).exists()):
+        text = (root / page).read_text(encoding="utf-8")
+        try:
+            if readme.rewritten(text, root, page) != text:
+                failures.append(f"{page}: a table differs from its results; run `make readme`")
+        except (ValueError, KeyError) as error:
+            failures.append(f"{page}: {error}")
+    return failures
 
 
 def results(root: Path) -> list[str]:

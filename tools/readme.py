@@ -1,4 +1,4 @@
-"""`make readme`: the README's tables, each written anew between two markers.
+"""`make readme`: the tables of both README files, each written anew between two markers.
 
 Accuracies come from `results/*/metrics.json`, speeds from `bench/results/<hardware>/*.json`.
 """
@@ -9,24 +9,8 @@ import json
 import sys
 from pathlib import Path
 
-UNMEASURED = "not measured yet"
-# benchmark, row: the stages of the speed table
-STAGES = (
-    ("input", "train_224"),
-    ("input", "plain_224"),
-    ("input", "train_stored"),
-    ("input", "decode"),
-    ("start", "total"),
-    ("baseline", "epochs_1"),
-    ("baseline", "epochs_6"),
-    ("baseline", "epochs_12"),
-    ("baseline", "added_epoch"),
-    ("train_step", "conventional"),
-    ("arms", "baseline_s"),
-    ("arms", "improvement_s"),
-    ("arms", "baseline_goal_s"),
-    ("arms", "improvement_goal_s"),
-)
+from bench.tables import growth, hotspots, speed, steps
+
 HEADER = (
     "| arm | accuracy, 95 % interval | backbone and weights | resolution | data, protocol | epochs "
     "| hardware, time |\n| --- | --- | --- | --- | --- | --- | --- |"
@@ -46,58 +30,19 @@ def results(root: Path) -> str:
     return "\n".join([HEADER, REPORTED, *rows])
 
 
-def speed(root: Path) -> str:
-    """One table for each machine that was measured; a GPU's cells say so while none was."""
-    folders = sorted(path for path in (root / "bench" / "results").glob("*") if path.is_dir())
-    tables = [_speed_table(folder) for folder in folders]
-    if not any("cuda" in folder.name or "nvidia" in folder.name for folder in folders):
-        stages = [_stage(folders, *stage)["what"] for stage in STAGES if _stage(folders, *stage)]
-        cells = f"{UNMEASURED} | {UNMEASURED} | {UNMEASURED}"
-        rows = [f"| {what} | {cells} |" for what in stages]
-        tables.append("\n".join([_speed_header("A GPU (`make bench` fills this table)"), *rows]))
-    return "\n\n".join(tables)
+PAGES = {
+    "README.md": {"results": results, "speed": speed},
+    "bench/README.md": {"steps": steps, "growth": growth, "hotspots": hotspots},
+}
 
 
-def _speed_table(folder: Path) -> str:
-    stages = [row for stage in STAGES if (row := _stage([folder], *stage))]
-    hardware = json.loads(next(folder.glob("*.json")).read_text(encoding="utf-8"))["hardware"]
-    return "\n".join([_speed_header(hardware), *map(_speed_row, stages)])
-
-
-def _speed_row(row: dict) -> str:
-    ratio = row["ratio"]
-    cells = (
-        row["what"],
-        *(_measured(row[way], row["unit"]) for way in ("conventional", "ours")),
-        f"**{ratio['median']:.1f}** [{ratio['low']:.1f}, {ratio['high']:.1f}]",
-    )
-    return f"| {' | '.join(cells)} |"
-
-
-def _speed_header(hardware: str) -> str:
-    return f"| {hardware} | conventional | here | times faster |\n| --- | --- | --- | --- |"
-
-
-def _stage(folders: list[Path], benchmark: str, row: str) -> dict | None:
-    """The first machine's measurement of a stage."""
-    for path in (folder / f"{benchmark}.json" for folder in folders):
-        if path.exists() and row in (rows := json.loads(path.read_text(encoding="utf-8"))["rows"]):
-            return rows[row]
-    return None
-
-
-def _measured(summary: dict, unit: str) -> str:
-    value = summary["median"]
-    return f"{value:,.0f} {unit}" if value >= 100 else f"{value:.3g} {unit}"
-
-
-def rewritten(text: str, root: Path) -> str:
-    """README text with the blocks replaced. Raises `ValueError` where a marker is missing."""
-    for name, table in (("results", results), ("speed", speed)):
+def rewritten(text: str, root: Path, page: str = "README.md") -> str:
+    """The page's text with its blocks replaced. Raises `ValueError` where a marker is missing."""
+    for name, table in PAGES[page].items():
         before, begin, rest = text.partition(f"<!-- {name}:begin -->")
         _, end, after = rest.partition(f"<!-- {name}:end -->")
         if not (begin and end):
-            raise ValueError(f"README.md lacks the markers <!-- {name}:begin --> ... <!-- {name}:end -->")
+            raise ValueError(f"{page} lacks the markers <!-- {name}:begin --> ... <!-- {name}:end -->")
         text = f"{before}{begin}\n{table(root)}\n{end}{after}"
     return text
 
@@ -119,8 +64,9 @@ def _row(metrics: dict) -> str:
 
 def main() -> int:
     root = Path(__file__).resolve().parent.parent
-    readme = root / "README.md"
-    readme.write_text(rewritten(readme.read_text(encoding="utf-8"), root), encoding="utf-8")
+    for page in PAGES:
+        path = root / page
+        path.write_text(rewritten(path.read_text(encoding="utf-8"), root, page), encoding="utf-8")
     return 0
 
 

@@ -154,8 +154,13 @@ OPS: dict[str, Op] = MOVES | {
     "Identity": lambda images, m: images,
 }
 SIGNED = (*MOVES, "Brightness", "Color", "Contrast", "Sharpness")
+LEVELS = ("Brightness", "Posterize", "Solarize")  # these map each level to another, whatever the image
+# The order in which a batch is worked through: moves together, levels together, then op by op.
+PLACES = (*MOVES, *LEVELS, *(op for op in OPS if op not in (*MOVES, *LEVELS)))
+PLACE_OF_CODE = torch.tensor([2 * PLACES.index(op) + sign for op in OPS for sign in (0, 1)])
 
 
+@lru_cache(maxsize=256)
 def signed_magnitude(op: str, negative: bool, magnitude: int, height: int, width: int) -> float:
     """What `op` is called with at bin `magnitude` of 31: torchvision's scales, in its float32."""
     largest = {"ShearX": 0.3, "ShearY": 0.3, "Rotate": 30.0}
@@ -178,30 +183,51 @@ def draw_codes(n_images: int, generator: torch.Generator) -> Tensor:
 
 
 def rand_augment(images_BCHW: Tensor, codes_B: Tensor, magnitude: int) -> Tensor:
-    """Apply to each sample the op and sign of its code (`draw_codes`), one call for all that share it.
+    """Apply to each sample the op and sign of its code (`draw_codes`), to all that share it at once.
 
     Nearest neighbour and black outside the image, as in torchvision: equal to it pixel by pixel.
     """
     height, width = images_BCHW.shape[2:]
-    codes, order = codes_B.sort()
-    counts = torch.bincount(codes, minlength=2 * len(OPS)).tolist()
-    n_moves = 2 * len(MOVES)
+    places, order = PLACE_OF_CODE[codes_B].sort()
+    counts = torch.bincount(places, minlength=2 * len(PLACES)).tolist()
+    n_moves, n_levels = 2 * len(MOVES), 2 * len(LEVELS)
+    together = [sum(counts[:n_moves]), sum(counts[n_moves : n_moves + n_levels])]
     grouped = images_BCHW.index_select(0, send(order, images_BCHW.device))
-    moved, *groups = grouped.split([sum(counts[:n_moves]), *counts[n_moves:]])
-    done = [_move(moved, codes[: len(moved)], magnitude)]
-    for code, group in enumerate(groups, start=n_moves):
+    moved, mapped, *groups = grouped.split([*together, *counts[n_moves + n_levels :]])
+    of_moved, of_mapped, _ = places.split([*together, len(places) - sum(together)])
+    done = [_move(moved, of_moved, magnitude), _map_levels(mapped, of_mapped - n_moves, magnitude)]
+    for place, group in enumerate(groups, start=n_moves + n_levels):
         if len(group):
-            op = tuple(OPS)[code // 2]
-            done.append(OPS[op](group, signed_magnitude(op, code % 2 == 1, magnitude, height, width)))
+            op = PLACES[place // 2]
+            done.append(OPS[op](group, signed_magnitude(op, place % 2 == 1, magnitude, height, width)))
     return torch.cat(done).index_select(0, send(order.argsort(), images_BCHW.device))
 
 
-def _move(images_BCHW: Tensor, codes_B: Tensor, magnitude: int) -> Tensor:
-    """All moves of a batch in one gather."""
+def _move(images_BCHW: Tensor, places_B: Tensor, magnitude: int) -> Tensor:
+    """All moves of a batch in one gather of pixels."""
     source = _move_sources(*images_BCHW.shape[2:], magnitude, images_BCHW.device)
     with_black = nn_functional.pad(images_BCHW.flatten(2), (1, 0))
-    moved = _gather(with_black, source.index_select(0, send(codes_B, images_BCHW.device)))
+    moved = _gather(with_black, source.index_select(0, send(places_B, images_BCHW.device)))
     return moved.view(images_BCHW.shape)
+
+
+def _map_levels(images_BCHW: Tensor, places_B: Tensor, magnitude: int) -> Tensor:
+    """All of `LEVELS` in a batch in one lookup."""
+    tables = _level_tables(magnitude, images_BCHW.device)
+    tables = tables.index_select(0, send(places_B, images_BCHW.device))
+    return tables.gather(1, images_BCHW.flatten(1).long()).view(images_BCHW.shape)
+
+
+@lru_cache(maxsize=8)
+def _level_tables(magnitude: int, device: torch.device) -> Tensor:
+    """(2 * len(LEVELS), 256) uint8: what each op makes of each level, shown an image that has them all."""
+    levels = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16)
+    mapped = [
+        OPS[op](levels, signed_magnitude(op, negative, magnitude, 16, 16))
+        for op in LEVELS
+        for negative in (False, True)
+    ]
+    return send(torch.cat(mapped).flatten(1), device)
 
 
 @lru_cache(maxsize=8)

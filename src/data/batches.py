@@ -145,7 +145,7 @@ class Batches:
     def _read_ahead(self, parts: Sequence[np.ndarray]) -> Iterator[torch.Tensor]:
         """Rows read from the array by a thread, the next part while this one is used, then sent."""
         stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
-        read = _reader(self.rows)
+        read = _reader(self.rows, pinned=stream is not None)
         with ThreadPoolExecutor(1) as thread:
             coming = None
             for index_B in parts:
@@ -156,7 +156,7 @@ class Batches:
                 yield _send_aside(coming.result(), self.device, stream)
 
 
-def _reader(rows: np.ndarray) -> Callable[[np.ndarray], torch.Tensor]:
+def _reader(rows: np.ndarray, pinned: bool) -> Callable[[np.ndarray], torch.Tensor]:
     """`rows[index]` as a tensor. Of a memory map not more than about `MAPPED_BYTES` stay in the process.
 
     What was read remains in the system's page cache, which gives way to whoever needs the memory.
@@ -170,7 +170,7 @@ def _reader(rows: np.ndarray) -> Callable[[np.ndarray], torch.Tensor]:
         if n_bytes > MAPPED_BYTES and isinstance(rows, np.memmap) and hasattr(mmap, "MADV_DONTNEED"):
             rows._mmap.madvise(mmap.MADV_DONTNEED)
             n_bytes = 0
-        return taken
+        return taken.pin_memory() if pinned else taken
 
     return read
 
