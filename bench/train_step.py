@@ -166,10 +166,12 @@ def main() -> None:
     common = {"folder": str(folder), "images": options.images}
     steps = {label: f"bench.train_step:{label}_step" for label in ("conventional", "our")}
     rows, measured = {}, {}
+    # Long rounds: between them the loader's workers prepare four batches in advance.
+    longer = {**common, "images": 4 * options.images}
     for partial in (False, True):
         ways = {
-            "conventional": (steps["conventional"], {**common, "partial": partial}),
-            "ours": (steps["our"], {**common, "batch": 128}),
+            "conventional": (steps["conventional"], {**longer, "partial": partial}),
+            "ours": (steps["our"], {**longer, "batch": 128}),
         }
         case = take_turns(ways, options.rounds)
         name = f"training step, conventional {'with stage 4 alone ' if partial else ''}against ours"
