@@ -87,7 +87,7 @@ def _numbers(arm: str, history: list[tuple[float, float]], total: float, goal: f
 
 
 def main() -> None:
-    options = parse_arguments(__doc__, classes=10, train_per_class=40, valid_per_class=20, goal=70)
+    options = parse_arguments(__doc__, classes=10, train_per_class=40, valid_per_class=20, goal=50)
     folder = image_folder(options.data, options.classes, options.train_per_class, options.valid_per_class)
     settings = {"folder": str(folder), "goal": options.goal / 100}
     ways = {
