@@ -69,6 +69,10 @@ def peak_memory_gb(device: torch.device) -> float:
     """Peak of the run so far: allocated CUDA memory, or this process's resident set, in 10⁹ bytes."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
+    status = Path("/proc/self/status")
+    if status.exists():  # getrusage would begin at the peak of the process that started this one
+        lines = status.read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 / 1e9 for line in lines if line.startswith("VmHWM"))
     unit = 1 if sys.platform == "darwin" else 1024  # getrusage counts bytes there, KiB elsewhere
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 

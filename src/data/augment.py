@@ -12,6 +12,7 @@ import math
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 
+import numpy as np
 import torch
 import torch.nn.functional as nn_functional
 from torch import Tensor
@@ -189,7 +190,7 @@ def rand_augment(images_BCHW: Tensor, codes_B: Tensor, magnitude: int) -> Tensor
     """
     height, width = images_BCHW.shape[2:]
     places, order = PLACE_OF_CODE[codes_B].sort()
-    counts = torch.bincount(places, minlength=2 * len(PLACES)).tolist()
+    counts = np.bincount(places.numpy(), minlength=2 * len(PLACES)).tolist()
     n_moves, n_levels = 2 * len(MOVES), 2 * len(LEVELS)
     together = [sum(counts[:n_moves]), sum(counts[n_moves : n_moves + n_levels])]
     grouped = images_BCHW.index_select(0, send(order, images_BCHW.device))
@@ -285,7 +286,10 @@ def _change_some(images_BCHW: Tensor, chosen_B: Tensor, change: Callable[[Tensor
     place = torch.arange(len(chosen_B))
     place[chosen] = len(chosen_B) + torch.arange(len(chosen))
     changed = change(images_BCHW.index_select(0, send(chosen, images_BCHW.device)), chosen)
-    return torch.cat([images_BCHW, changed]).index_select(0, send(place, images_BCHW.device))
+    both = images_BCHW.new_empty((len(chosen_B) + len(chosen), *images_BCHW.shape[1:]))
+    for part, images in zip(both.split([len(chosen_B), len(chosen)]), (images_BCHW, changed), strict=True):
+        part.copy_(images)  # on a CPU by all threads, unlike torch.cat
+    return both.index_select(0, send(place, images_BCHW.device))
 
 
 def _gather(pixels_BCQ: Tensor, source_BP: Tensor) -> Tensor:
