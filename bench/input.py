@@ -17,16 +17,26 @@ from torchvision import transforms
 from bench import conventional
 from bench.pair import Round, report_errors, save, take_turns
 from bench.workload import CACHE, arm_config, described, image_folder, parse_arguments
-from src.config import DataConfig
-from src.data.augment import augment
-from src.data.batches import Batches, Preprocess, to_device, training_transform
+from src.config import AugmentConfig, DataConfig
+from src.data.batches import Batches, Preprocess, to_device
 from src.data.sources import open_source
 from src.data.store import Store, open_store
 from src.device import choose_device, set_up_process
 
 SIZE = 224
 BATCH = 256
-PREPROCESS = Preprocess(SIZE, conventional.MEAN, conventional.STD, "bicubic")
+
+
+class AsStored(Preprocess):
+    """No resizing and no normalisation: what augmentation gives."""
+
+    def __call__(self, images_BCHW: torch.Tensor) -> torch.Tensor:
+        return images_BCHW
+
+
+PREPROCESS, AS_STORED = (
+    kind(SIZE, conventional.MEAN, conventional.STD, "bicubic") for kind in (Preprocess, AsStored)
+)
 LABELS = {
     "train_224": "training batches, 224 px, normalised float32",
     "plain_224": "the same without augmentation",
@@ -63,14 +73,11 @@ def our_input(folder: str, what: str) -> Round:
         shutil.rmtree(cache, ignore_errors=True)
     store = _store(folder, cache)
     device = choose_device(SIZE, BATCH).torch_device
-    config = arm_config("improvement", folder).augment
-    transform = {
-        "train_224": training_transform(config, PREPROCESS),
-        "train_stored": lambda images, generator: augment(images, config, generator, PREPROCESS.fill),
-    }.get(what)
+    recipe = AugmentConfig() if what == "plain_224" else arm_config("improvement", folder).augment
+    preprocess = AS_STORED if what == "train_stored" else PREPROCESS
     rows = to_device(store.images, device)
     index_M = np.flatnonzero(store.official_split_N == "train")
-    batches = Batches(rows, store.labels_N, index_M, BATCH, device, transform, PREPROCESS)
+    batches = Batches(rows, store.labels_N, index_M, BATCH, device, preprocess, recipe)
     epoch = 0
 
     def one_round() -> dict[str, float]:

@@ -19,7 +19,7 @@ from bench.pair import Round, report_errors, save, spread, take_turns
 from bench.workload import CACHE, parse_arguments
 from src import SetupError
 from src.config import IMPROVEMENT
-from src.data.batches import Batches, Preprocess, training_transform
+from src.data.batches import Batches, Preprocess
 from src.device import choose_device, set_up_process
 
 SIZE = 288
@@ -34,11 +34,11 @@ def read(file: str, share: float, cold: bool = False, augmented: bool = False) -
     """A round is an epoch over a random `share` of the store's images."""
     set_up_process()
     rows = np.load(file, mmap_mode="r")
-    transform = Preprocess(SIZE, MEAN, STD, "bicubic")
-    transform = training_transform(IMPROVEMENT.augment, transform) if augmented else None
+    # Without augmentation, reading alone is timed.
+    recipe = (Preprocess(SIZE, MEAN, STD, "bicubic"), IMPROVEMENT.augment) if augmented else ()
     device = choose_device(SIZE, 128).torch_device
     index = np.random.default_rng(0).permutation(len(rows))[: int(share * len(rows))]
-    batches = Batches(rows, np.zeros(len(rows), np.int64), index, 128, device, transform)
+    batches = Batches(rows, np.zeros(len(rows), np.int64), index, 128, device, *recipe)
 
     def one_round() -> dict[str, float]:
         if cold:

@@ -16,7 +16,7 @@ import numpy as np
 from bench.conventional import MEAN, STD
 from bench.pair import Round, report_errors, save, spread, take_turns
 from bench.workload import arm_config, parse_arguments, profile
-from src.data.batches import Batches, Preprocess, training_transform
+from src.data.batches import Batches, Preprocess
 from src.data.sources import open_source
 from src.data.store import open_store
 from src.device import choose_device, set_up_process
@@ -41,9 +41,9 @@ def images(size: int, data: str) -> Round:
     config = configure("improvement", profile(), data)
     store = open_store(open_source(config.data, cache), cache, 64)
     rows = np.flatnonzero(store.official_split_N == "train")[:size]
-    transform = training_transform(config.augment, Preprocess(64, MEAN, STD, "bicubic"))
+    preprocess = Preprocess(64, MEAN, STD, "bicubic")
     device = choose_device(64, 128).torch_device
-    return _epochs(Batches(store.images, store.labels_N, rows, 128, device, transform))
+    return _epochs(Batches(store.images, store.labels_N, rows, 128, device, preprocess, config.augment))
 
 
 def features(size: int, data: str) -> Round:
@@ -85,9 +85,9 @@ def resolution(size: int, data: str) -> Round:
     set_up_process()
     rows = np.random.default_rng(0).integers(0, 256, (512, 3, size, size), dtype=np.uint8)
     config = configure("improvement", profile(), data)
-    transform = training_transform(config.augment, Preprocess(size, MEAN, STD, "bicubic"))
+    preprocess, labels_N = Preprocess(size, MEAN, STD, "bicubic"), np.zeros(512, np.int64)
     device = choose_device(size, 128).torch_device
-    return _epochs(Batches(rows, np.zeros(512, np.int64), np.arange(512), 128, device, transform))
+    return _epochs(Batches(rows, labels_N, np.arange(512), 128, device, preprocess, config.augment))
 
 
 def _epochs(batches: Batches) -> Round:

@@ -32,21 +32,23 @@ class Device:
     name: str
 
 
-def choose_device(image_size: int, batch_size: int) -> Device:
+def choose_device(image_size: int, batch_size: int, micro_batch: int = 0) -> Device:
     """CUDA where there is one (bf16 if the GPU computes it, else fp16 with scaling), else the CPU in fp32.
 
-    `micro_batch` images go through the model at once; gradients accumulate up to `batch_size`, so the
-    optimizer sees the same batch on every device.
+    `micro_batch` images (0: as many as fit) go through the model at once; gradients accumulate up to
+    `batch_size`, so the optimizer sees the same batch on every device.
     """
     if not torch.cuda.is_available():
-        return Device(torch.device("cpu"), "no", min(CPU_MICRO_BATCH, batch_size), 128, cpu_name())
+        at_once = min(micro_batch or CPU_MICRO_BATCH, batch_size)
+        return Device(torch.device("cpu"), "no", at_once, 128, cpu_name())
     properties = torch.cuda.get_device_properties(0)
     # A T4 emulates bf16 slowly: emulation does not count.
     native_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
     fitting = int(0.6 * properties.total_memory / (BYTES_PER_IMAGE_224 * (image_size / 224) ** 2))
-    micro_batch = max(8, min(batch_size, 2 ** (max(fitting, 1).bit_length() - 1)))
+    fitting = max(8, 2 ** (max(fitting, 1).bit_length() - 1))
     precision = "bf16" if native_bf16 else "fp16"
-    return Device(torch.device("cuda", 0), precision, micro_batch, 2 * micro_batch, properties.name)
+    at_once = min(micro_batch or fitting, batch_size)
+    return Device(torch.device("cuda", 0), precision, at_once, 2 * min(fitting, batch_size), properties.name)
 
 
 def send(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:

@@ -2,9 +2,12 @@
 
     python -m src.experiment baseline --profile quick
     python -m src.experiment improvement --profile offline --data DIR
+    python -m src.experiment ablation --profile offline --data DIR
+    python -m src.experiment find_lr --preset improvement --profile offline --data DIR
+    python -m src.experiment soup --preset improvement --profile offline --data DIR --seeds 0,1,2
     python -m src.experiment summary --results results/quick
 
-The order of things, and nothing else: data, model, training, prediction, report.
+The order of things, and nothing else: data, model, training, what comes after it, prediction, report.
 """
 
 from __future__ import annotations
@@ -24,21 +27,24 @@ from tqdm.auto import tqdm
 
 from src import SetupError
 from src import config as configs
+from src.after import improve
+from src.average import copied
 from src.config import Config
-from src.data.batches import Batches, Transform, to_device, training_transform
+from src.data.batches import Batches, to_device
 from src.data.sources import open_source
 from src.data.splits import Splits, make_splits
 from src.data.store import Store, open_store
 from src.device import Device, choose_device, git_commit, peak_memory_gb, set_up_process, versions
 from src.files import read_json, write_array, write_atomically, write_json
-from src.model.build import Built, Classifier, build_model, gmacs
-from src.predict import cached_features, one_pass
+from src.model.build import Built, Classifier, build_model, gmacs, start_classifier
+from src.predict import cached_features
 from src.train import FitData, Progress, fit
 
 if TYPE_CHECKING:
     import pandas as pd
 
 DATA_VARIABLE = "TINY_IMAGENET_DIR"
+COMMANDS = ("ablation", "find_lr", "soup", "summary")
 FINISHED = ("model.safetensors", "facts.json", "history.json", "valid_logits.npy")  # what a run leaves
 
 
@@ -101,10 +107,14 @@ def prepare(config: Config, paths: Paths) -> Setup:
     store = open_store(source, paths.cache, config.data.stored_size, config.data.skip_bad)
     splits = make_splits(store, config.data)
     built = build_model(config.model, store.wnids, config.train.seed)
-    device = choose_device(config.model.image_size, config.train.batch_size)
-    if config.caches_features:  # they are small: the whole batch at once
-        device = replace(device, micro_batch=config.train.batch_size)
-    return Setup(config, paths, store, splits, built, device, git_commit())
+    return Setup(config, paths, store, splits, built, device_for(config), git_commit())
+
+
+def device_for(config: Config) -> Device:
+    """The machine's device; features of a frozen backbone are small, so that their batches pass at once."""
+    train, largest = config.train, max(config.model.image_size, config.model.predicts_at)
+    micro_batch = train.batch_size if config.caches_features else train.micro_batch
+    return choose_device(largest, train.batch_size, micro_batch)
 
 
 def run(config: Config, paths: Paths) -> Result:
@@ -146,63 +156,94 @@ def claim_run_folder(setup: Setup) -> None:
 
 
 def train_and_predict(setup: Setup) -> None:
-    """Fit, keep the best weights, score `valid` once. The logits, written last, mark a finished run."""
-    config, device, model, folder = setup.config, setup.device, setup.model, setup.run_folder
+    """Fit, try what comes after, score `valid` once. Its logits, written last, mark a finished run."""
+    config, model, folder = setup.config, setup.model, setup.run_folder
+    probe_seconds = start_from_probe(setup) if config.model.head_init == "probe" else 0.0
+    start = copied(model.learned_state())
     data, valid, feature_seconds = make_batches(setup)
-    progress = fit(model, data, config, device, folder)
+    progress, soup = fit(model, data, config, setup.device, folder)
+    started = time.perf_counter()
+    predictor = improve(model, start, soup, data, config.after, setup.device)
     state = {name: value.contiguous() for name, value in model.learned_state().items()}
     write_atomically(folder / "model.safetensors", lambda partial: save_file(state, partial))
-    started = time.perf_counter()
-    logits_NK = one_pass(model.classify if data.cached else model, valid, device, "valid")
+    holdout_NK = predictor.logits(data.holdout, "holdout")
+    improved = time.perf_counter()
+    valid_NK = predictor.logits(valid, "valid")
     seconds = {
+        "probe": probe_seconds,
         "features": feature_seconds,
-        "epochs": progress.seconds,
-        "valid": time.perf_counter() - started,
+        "after": improved - started,
+        "valid": time.perf_counter() - improved,
     }
-    seconds["total"] = feature_seconds + sum(progress.seconds) + seconds["valid"]
-    write_json(folder / "facts.json", {**run_facts(setup, progress), "seconds": seconds})
+    total = sum(progress.seconds) + sum(seconds.values())
+    seconds |= {"epochs": progress.seconds, "total": total}
+    facts = run_facts(setup, progress) | {
+        "after": predictor.tried,
+        "temperature": predictor.temperature,
+        "seconds": seconds,
+    }
+    write_json(folder / "facts.json", facts)
     write_json(folder / "history.json", progress.history)
-    write_array(folder / "valid_logits.npy", logits_NK)
+    write_array(folder / "holdout_logits.npy", holdout_NK)
+    write_array(folder / "valid_logits.npy", valid_NK)
+
+
+def start_from_probe(setup: Setup) -> float:
+    """Give the model the classifier of a linear probe (its features are cached); seconds that took."""
+    config = configs.probe_of(setup.config)
+    built = build_model(config.model, setup.store.wnids, config.train.seed)
+    probe = replace(setup, config=config, built=built, device=device_for(config))
+    data, _, seconds = make_batches(probe)
+    progress, _ = fit(built.model, data, config, probe.device, setup.run_folder / "probe")
+    start_classifier(setup.model, built.model.classifier, setup.config.model.head_init_scale)
+    return seconds + sum(progress.seconds)
 
 
 def make_batches(setup: Setup) -> tuple[FitData, Batches, float]:
     """Training data, `valid`, and the seconds that features took (0 where none are cached)."""
-    config, store, device = setup.config, setup.store, setup.device
-    model = setup.model.to(device.torch_device).eval()
+    config, store, splits, device = setup.config, setup.store, setup.splits, setup.device
     cached = config.caches_features
     # Images that are looked at once, or not at all, need no place on the device.
     rows = store.images if cached else to_device(store.images, device.torch_device)
-    prepared, seconds = setup.built.preprocess, 0.0
-
-    def batches(index_M: np.ndarray, size: int, transform: Transform | None = None) -> Batches:
-        return Batches(rows, store.labels_N, index_M, size, device.torch_device, transform, prepared)
-
+    preprocess, seconds = setup.built.preprocess, 0.0
     if cached:
-        features, seconds = cached_features(
-            model.features,
-            batches(np.arange(len(store.labels_N)), device.eval_batch),
-            device,
-            setup.paths.cache / "features",
-            {
-                "weights": setup.built.weights_sha256,
-                "backbone": setup.built.weights_tag,
-                "store": store.path.name,
-                "data": store.fingerprint,
-                "image_size": config.model.image_size,
-                "head": config.model.head,
-                "precision": device.precision,
-                "device": device.torch_device.type,
-            },
-        )
-        rows, prepared = to_device(features, device.torch_device), None
-    transform = None if cached or config.augment.is_identity else training_transform(config.augment, prepared)
-    splits = setup.splits
-    data = FitData(
-        fit=batches(splits.fit_N, config.train.batch_size, transform),
-        holdout=batches(splits.holdout_N, device.eval_batch),
-        cached=cached,
+        features, seconds = frozen_features(setup)
+        rows, preprocess = to_device(features, device.torch_device), None
+
+    def batches(index_M: np.ndarray) -> Batches:
+        size = device.eval_batch
+        return Batches(rows, store.labels_N, index_M, size, device.torch_device, preprocess)
+
+    fit_on = replace(
+        batches(splits.fit_N),
+        batch_size=config.train.batch_size,
+        augmentation=config.augment,
+        balanced=config.data.sampling == "balanced",
     )
-    return data, batches(splits.valid_N, device.eval_batch), seconds
+    size = config.model.predicts_at
+    data = FitData(fit_on, batches(splits.holdout_N).at_size(size), cached)
+    return data, batches(splits.valid_N).at_size(size), seconds
+
+
+def frozen_features(setup: Setup) -> tuple[np.ndarray, float]:
+    """What the frozen backbone makes of every image of the store, cached, and the seconds that took."""
+    config, store, device, built = setup.config, setup.store, setup.device, setup.built
+    model = setup.model.to(device.torch_device).eval()
+    every_N = np.arange(len(store.labels_N))
+    images = Batches(
+        store.images, store.labels_N, every_N, device.eval_batch, device.torch_device, built.preprocess
+    )
+    identity = {
+        "weights": built.weights_sha256,
+        "backbone": built.weights_tag,
+        "store": store.path.name,
+        "data": store.fingerprint,
+        "image_size": config.model.image_size,
+        "map": config.model.head in ("attention", "cross_attention"),
+        "precision": device.precision,
+        "device": device.torch_device.type,
+    }
+    return cached_features(model.features, images, device, setup.paths.cache / "features", identity)
 
 
 def run_facts(setup: Setup, progress: Progress) -> dict:
@@ -222,13 +263,14 @@ def run_facts(setup: Setup, progress: Progress) -> dict:
         "weights_sha256": setup.built.weights_sha256,
         "head": config.model.head,
         "image_size": config.model.image_size,
+        "test_size": config.model.predicts_at,
         "stored_size": config.data.stored_size,
         "seed": config.train.seed,
         "epochs": len(progress.history),
         "best_epoch": progress.best_epoch,
         "parameters": sum(p.numel() for p in parameters),
         "trainable_parameters": sum(p.numel() for p in parameters if p.requires_grad),
-        "gflops": round(gmacs(model, config.model.image_size), 4),
+        "gflops": round(gmacs(model, config.model.predicts_at), 4),
         "batch_size": config.train.batch_size,
         "micro_batch": device.micro_batch,
         "precision": {"no": "fp32"}.get(device.precision, device.precision),
@@ -327,7 +369,9 @@ def configure(
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m src.experiment", description=__doc__.split("\n")[0])
-    parser.add_argument("arm", choices=[*configs.PRESETS, "summary"])
+    parser.add_argument(
+        "command", choices=[*configs.PRESETS, *COMMANDS], help="a preset to run, or a command"
+    )
     parser.add_argument(
         "--profile", default="full", help=f"one of: {', '.join(configs.PROFILES)} (default: full)"
     )
@@ -340,22 +384,59 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--runs", default="", help="folder for checkpoints and logits")
     parser.add_argument("--cache", default="", help="folder for the decoded images and features")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="any config field")
+    parser.add_argument("--preset", default="improvement", help="for find_lr and soup (default: improvement)")
+    parser.add_argument("--rows", nargs="+", default=[], metavar="NAME", help="for ablation (default: all)")
+    parser.add_argument("--seeds", default="0,1,2", help="for soup: the runs to average (default: 0,1,2)")
     return parser.parse_args(arguments)
+
+
+def obey(args: argparse.Namespace) -> str:
+    """Do what the command line asks for; what it says at the end."""
+    if args.command == "summary":
+        return summary(Path(args.results or "results"))
+    pairs = [item.partition("=") for item in args.set]
+    overrides = {"data.protocol": args.protocol, **{key: value for key, _, value in pairs}}
+    paths = Paths.of(args.profile, args.results, args.runs, args.cache)
+    if args.command == "ablation":
+        from src.ablation import run_ablation
+
+        folder = run_ablation(args.profile, args.data, paths, args.rows, overrides)
+        return (folder / "summary.md").read_text(encoding="utf-8")
+    arm = args.command if args.command in configs.PRESETS else args.preset
+    config = configure(arm, args.profile, args.data, {"train.seed": args.seed, **overrides})
+    if args.command == "find_lr":
+        from src.lr_finder import find_lr
+
+        folder, factor = find_lr(config, paths)
+        lr, head_lr = factor * config.optim.lr, factor * config.optim.head_lr
+        return f"steepest fall at optim.lr = {lr:.2g}, optim.head_lr = {head_lr:.2g}; see {shown(folder)}"
+    if args.command == "soup":
+        from src.soup import soup_of_seeds
+
+        folder, scores = soup_of_seeds(config, read_seeds(args.seeds), paths)
+        lines = [
+            f"{name:<8} holdout {s['holdout']['accuracy']:.2%}  valid {s['valid']['accuracy']:.2%}"
+            for name, s in scores.items()
+            if name != "chosen"
+        ]
+        return "\n".join([*lines, f"chosen on holdout: {scores['chosen']}"])
+    run(config, paths)
+    return summary(paths.results)
+
+
+def read_seeds(text: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise SetupError(
+            f"--seeds {text!r} cannot be read; write numbers with commas, such as 0,1,2."
+        ) from None
 
 
 def main(arguments: list[str] | None = None) -> int:
     """The command line; a `SetupError` is one message and exit status 2."""
-    args = parse_arguments(arguments)
     try:
-        if args.arm == "summary":
-            print(summary(Path(args.results or "results")))
-            return 0
-        pairs = [item.partition("=") for item in args.set]
-        overrides = {"data.protocol": args.protocol, "train.seed": args.seed, **{k: v for k, _, v in pairs}}
-        config = configure(args.arm, args.profile, args.data, overrides)
-        paths = Paths.of(args.profile, args.results, args.runs, args.cache)
-        run(config, paths)
-        print(summary(paths.results))
+        print(obey(parse_arguments(arguments)))
     except SetupError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from PIL import Image as Pillow
 from torch import nn
 
-from src.data.batches import training_transform
+from src.data.augment import augment
 from src.evaluate import per_class
 from src.experiment import Result, Setup
 from src.files import read_json
@@ -44,11 +44,11 @@ def batch_figure(setup: Setup, n_images: int = 8) -> Image:
     store, preprocess, augmentation = setup.store, setup.built.preprocess, setup.config.augment
     rows = np.sort(np.random.default_rng(0).choice(setup.splits.fit_N, n_images, replace=False))
     stored_BCHW = torch.from_numpy(store.images[rows])
-    transform = training_transform(augmentation, preprocess)
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (preprocess.mean, preprocess.std))
     lines = [(f"stored: {store.size} px", stored_BCHW / 255)]
     for draw in range(1 if augmentation.is_identity else 2):
-        seen_BCHW = transform(stored_BCHW, torch.Generator().manual_seed(draw)) * std + mean
+        generator = torch.Generator().manual_seed(draw)
+        seen_BCHW = preprocess(augment(stored_BCHW, augmentation, generator, preprocess.fill)) * std + mean
         lines.append((f"seen: {preprocess.size} px", seen_BCHW.clamp(0, 1)))
     return image_grid(lines, [store.class_names[label] for label in store.labels_N[rows]])
 

@@ -4,36 +4,58 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import torch
 from torch import nn
 
 from src.config import OptimConfig
+from src.model.build import Classifier, layer_numbers
+
+MAX_GROUPS = 12  # of layers with a learning rate of their own
 
 
-def parameter_groups(model: nn.Module, config: OptimConfig) -> list[dict]:
-    """Trainable parameters by (backbone or head) × (decayed or not), each with its own `base_lr`.
+def parameter_groups(model: Classifier, config: OptimConfig) -> list[dict]:
+    """Trainable parameters by depth and by whether they decay, each group with its own `base_lr`.
 
-    Vectors and scalars (norms, biases, gates) are not decayed, as in the ConvNeXt recipe (Liu et al. 2022).
+    The head has `head_lr`, the backbone `lr` × `layer_decay` to the power of the groups above (Clark et al.
+    2020; in up to 12 groups, as Liu et al. 2022). Vectors and scalars (norms, biases, gates), learned queries
+    and position biases are not decayed.
     """
-    groups: dict[tuple[str, bool], list[nn.Parameter]] = {}
+    depths, n_groups = group_of_layers(model.backbone)
+    undecayed = model.no_weight_decay()
+    groups: dict[tuple[str, bool], dict] = {}
     for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            part = "backbone" if name.startswith("backbone.") else "head"
-            groups.setdefault((part, parameter.ndim > 1), []).append(parameter)
-    lrs = {"backbone": config.lr, "head": config.head_lr}
-    return [
-        {
-            "params": parameters,
+        if not parameter.requires_grad:
+            continue
+        part, lr = "head", config.head_lr
+        if name.startswith("backbone."):
+            depth = depths[name.removeprefix("backbone.")]
+            lr = config.lr * config.layer_decay ** (n_groups - 1 - depth)
+            part = "backbone" if config.layer_decay == 1 else f"backbone {depth + 1} of {n_groups}"
+        decayed = parameter.ndim > 1 and name not in undecayed
+        group = {
+            "params": [],
             "name": f"{part}/{'decay' if decayed else 'no_decay'}",
-            "lr": lrs[part],
-            "base_lr": lrs[part],
+            "lr": lr,
+            "base_lr": lr,
             "weight_decay": config.weight_decay if decayed else 0.0,
         }
-        for (part, decayed), parameters in groups.items()
-    ]
+        groups.setdefault((part, decayed), group)["params"].append(parameter)
+    return list(groups.values())
 
 
-def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
+def group_of_layers(backbone: nn.Module) -> tuple[dict[str, int], int]:
+    """Group of every parameter of the backbone by name, 0 nearest the images, and the number of groups.
+
+    Blocks that follow each other share a group where there are more than `MAX_GROUPS`.
+    """
+    depths = layer_numbers(backbone)
+    n_layers = max(depths.values()) + 1
+    n_groups = min(MAX_GROUPS, n_layers)
+    return {name: depth * n_groups // n_layers for name, depth in depths.items()}, n_groups
+
+
+def build_optimizer(model: Classifier, config: OptimConfig) -> torch.optim.AdamW:
     """Fused AdamW over `parameter_groups`."""
     return torch.optim.AdamW(parameter_groups(model, config), fused=True)
 
@@ -56,3 +78,24 @@ def set_lr(optimizer: torch.optim.Optimizer, factor: float) -> None:
     """Every group's rate = its `base_lr` × `factor`."""
     for group in optimizer.param_groups:
         group["lr"] = group["base_lr"] * factor
+
+
+def class_weights(labels_M: np.ndarray, n_classes: int) -> torch.Tensor:
+    """(K,): M / (K · images of the class), as scikit-learn's `balanced`; 0 for a class without images."""
+    counts_K = np.bincount(labels_M, minlength=n_classes)
+    weights_K = np.divide(len(labels_M), n_classes * counts_K, where=counts_K > 0, out=np.zeros(n_classes))
+    return torch.from_numpy(weights_K).float()
+
+
+class L2SP:
+    """λ/2 · ‖w − w₀‖² over the trained parameters of a backbone, w₀ those of this moment (Li et al. 2018)."""
+
+    def __init__(self, backbone: nn.Module, weight: float) -> None:
+        self.weight = weight
+        self.parameters = [p for p in backbone.parameters() if p.requires_grad]
+        self.start = [p.detach().clone() for p in self.parameters]
+
+    def __call__(self) -> torch.Tensor:
+        """The penalty, a scalar with gradients."""
+        distances = torch._foreach_norm(torch._foreach_sub(self.parameters, self.start))
+        return 0.5 * self.weight * torch.stack(distances).square().sum()

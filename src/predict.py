@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from scipy.special import log_softmax
 from tqdm.auto import tqdm
 
 from src.data.batches import Batches
@@ -27,6 +28,14 @@ def one_pass(
             outputs.append(function(inputs).float().cpu().numpy())
             bar.update(len(inputs))
     return np.concatenate(outputs)
+
+
+def loss_and_accuracy(logits_NK: np.ndarray, labels_N: np.ndarray) -> dict[str, float]:
+    """Mean cross-entropy and accuracy over rows, in float64."""
+    log_probabilities_NK = log_softmax(logits_NK.astype(np.float64), axis=1)
+    loss = -log_probabilities_NK[np.arange(len(labels_N)), labels_N].mean()
+    right_N = logits_NK.argmax(axis=1) == labels_N
+    return {"loss": float(loss), "accuracy": float(right_N.mean())}
 
 
 def image_bar(n_images: int, label: str, done: int = 0) -> tqdm:

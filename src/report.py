@@ -57,10 +57,10 @@ def write_arm(
         return Path(folder) / f"{prefix}_{name}"
 
     write_predictions(frame, path("validation_predictions.csv"))
-    _write_csv(history, path("history.csv"))
-    _write_csv(table, path("per_class_accuracy.csv"))
+    write_csv(history, path("history.csv"))
+    write_csv(table, path("per_class_accuracy.csv"))
     counted = pd.DataFrame(counts_KK, names, names).rename_axis("truth")
-    _write_csv(counted, path("confusion_matrix.csv"), index=True)
+    write_csv(counted, path("confusion_matrix.csv"), index=True)
     title = prefix.capitalize()
     figures = {
         "training_curve": training_curve(history, metadata, note, title),
@@ -150,7 +150,7 @@ def save(figure: Figure, path: Path) -> None:
     write_atomically(path, lambda partial: figure.savefig(partial, format="png", dpi=DPI))
 
 
-def _write_csv(table: pd.DataFrame, path: Path, index: bool = False) -> None:
+def write_csv(table: pd.DataFrame, path: Path, index: bool = False) -> None:
     write_atomically(
         path,
         lambda partial: table.to_csv(partial, index=index, lineterminator="\n", float_format=f"%.{DIGITS}g"),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import time
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -18,12 +19,14 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from src import SetupError, checkpoint
+from src.average import State, WeightAverage, copied
 from src.config import Config
+from src.data.augment import mixing
 from src.data.batches import Batches, derived_seed
 from src.device import Device
 from src.model.build import Classifier
-from src.optim import build_optimizer, lr_at, set_lr
-from src.predict import autocast, image_bar, one_pass
+from src.optim import L2SP, build_optimizer, class_weights, lr_at, set_lr
+from src.predict import autocast, image_bar, loss_and_accuracy, one_pass
 
 STEPS_BETWEEN_READS = 20  # the loss is read from the device this often, for the bar and the finite check
 DROPOUT_STREAM = 1  # tells the seeds of dropout apart from those of augmentation
@@ -70,13 +73,25 @@ class Trainer:
             raise SetupError("a run uses one process; start it without `accelerate launch --num_processes`.")
         if config.train.grad_checkpointing:
             recompute_activations(model)
+        model.to(device.torch_device)
         forward = model.classify if data.cached else model
         self.forward = torch.compile(forward) if config.train.compile else forward
-        self.optimizer = self.accelerator.prepare(
-            build_optimizer(model.to(device.torch_device), config.optim)
+        self.optimizer = self.accelerator.prepare(build_optimizer(model, config.optim))
+        n_classes, fit_labels = model.classifier.out_features, data.fit.labels_N[data.fit.index_M]
+        self.mix = mixing(config.augment, n_classes)
+        self.class_weights = (
+            class_weights(fit_labels, n_classes).to(device.torch_device)
+            if config.optim.class_weights
+            else None
         )
+        self.penalty = L2SP(model.backbone, config.optim.l2_sp) if config.optim.l2_sp else None
         self.progress = Progress()
-        self.best_state: dict[str, torch.Tensor] = {}
+        self.best_state: State = {}
+        self.averages = {}
+        if config.train.ema_decay:
+            self.averages["ema"] = WeightAverage(model.learned_state(), config.train.ema_decay)
+        if config.after.soup_epochs:
+            self.averages["soup"] = WeightAverage(model.learned_state())
         self.saved_at = time.monotonic()
         payload = checkpoint.load_newest(folder)
         if payload:
@@ -90,6 +105,7 @@ class Trainer:
             "best": self.best_state,
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.accelerator.scaler.state_dict() if self.accelerator.scaler else {},
+            "averages": {name: average.payload() for name, average in self.averages.items()},
         }
         step = self.progress.epoch * len(self.data.fit) + self.progress.step
         checkpoint.save(self.folder, step, payload)
@@ -103,6 +119,8 @@ class Trainer:
         self.optimizer.load_state_dict(payload["optimizer"])
         if self.accelerator.scaler:
             self.accelerator.scaler.load_state_dict(payload["scaler"])
+        for name, average in self.averages.items():
+            average.restore(payload["averages"][name])
         tqdm.write(f"resuming at epoch {self.progress.epoch + 1}, step {self.progress.step}")
 
     @property
@@ -113,7 +131,8 @@ class Trainer:
 
     def train_epoch(self) -> None:
         """The rest of the current epoch, step by step; sums stay on the device between reads."""
-        train, progress, batches = self.config.train, self.progress, self.data.fit
+        train, progress = self.config.train, self.progress
+        batches = self.data.fit.at_size(self.config.size_at(progress.epoch))
         started = time.perf_counter() - progress.epoch_seconds
         sums = torch.tensor([progress.loss_sum, progress.n_correct], dtype=torch.float64)
         sums = sums.to(self.device.torch_device)
@@ -131,12 +150,22 @@ class Trainer:
                     if time.monotonic() - self.saved_at > 60 * train.checkpoint_minutes:
                         self.save()
 
-    def train_step(self, inputs: torch.Tensor, labels_B: torch.Tensor) -> torch.Tensor:
-        """One optimizer step, accumulated over micro-batches -> (loss sum, correct) on the device."""
+    def train_step(
+        self, inputs: torch.Tensor, labels_B: torch.Tensor, lr_factor: float | None = None
+    ) -> torch.Tensor:
+        """One optimizer step, accumulated over micro-batches -> (loss sum, correct) on the device.
+
+        The rates are the schedule's, or their base times `lr_factor`. The loss is the cross-entropy; the
+        penalty of L2-SP has a gradient and no place in the history.
+        """
         optim, progress, n_steps = self.config.optim, self.progress, len(self.data.fit)
-        step = progress.epoch * n_steps + progress.step
-        set_lr(self.optimizer, lr_at(step, self.config.train.epochs * n_steps, optim))
+        if lr_factor is None:
+            step = progress.epoch * n_steps + progress.step
+            lr_factor = lr_at(step, self.config.train.epochs * n_steps, optim)
+        set_lr(self.optimizer, lr_factor)
         seed_dropout(derived_seed(self.config.train.seed, progress.epoch, progress.step, DROPOUT_STREAM))
+        if self.mix:
+            inputs, labels_B = self.mix(inputs, labels_B)  # labels become probabilities (B,K)
         sums = torch.zeros(2, dtype=torch.float64, device=self.device.torch_device)
         n_parts = -(-len(labels_B) // self.device.micro_batch)  # even parts: none is a single image
         micro_batches = (part.tensor_split(n_parts) for part in (inputs, labels_B))
@@ -144,14 +173,19 @@ class Trainer:
             with autocast(self.device):
                 logits_BK = self.forward(x).float()
                 loss_sum = F.cross_entropy(
-                    logits_BK, y, label_smoothing=optim.label_smoothing, reduction="sum"
+                    logits_BK, y, self.class_weights, label_smoothing=optim.label_smoothing, reduction="sum"
                 )
             self.accelerator.backward(loss_sum / len(labels_B))
-            sums += torch.stack([loss_sum.detach(), (logits_BK.detach().argmax(1) == y).sum()])
+            labels = y if y.ndim == 1 else y.argmax(1)
+            sums += torch.stack([loss_sum.detach(), (logits_BK.detach().argmax(1) == labels).sum()])
+        if self.penalty:
+            self.accelerator.backward(self.penalty())
         if optim.clip_norm:
             self.accelerator.clip_grad_norm_(self.model.parameters(), optim.clip_norm)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+        if "ema" in self.averages:
+            self.averages["ema"].update()
         return sums
 
     def read(self, sums: torch.Tensor, seconds: float) -> None:
@@ -174,23 +208,27 @@ class Trainer:
         """Score `holdout`, keep the best state, add the history row, save and print one line."""
         train, progress = self.config.train, self.progress
         started = time.perf_counter()
-        holdout_loss, holdout_accuracy = self.score_holdout()
-        self.require_finite(holdout_loss)
+        with self.averages["ema"].in_place() if "ema" in self.averages else nullcontext():
+            holdout = self.score_holdout()
+            scored_state = copied(self.model.learned_state())
+            if "soup" in self.averages and progress.epoch >= train.epochs - self.config.after.soup_epochs:
+                self.averages["soup"].update()
+        self.require_finite(holdout["loss"])
         last_step = (progress.epoch + 1) * len(self.data.fit) - 1
         progress.history.append(
             {
                 "epoch": progress.epoch + 1,
                 "fit_loss": progress.loss_sum / progress.n_seen,
                 "fit_accuracy": progress.n_correct / progress.n_seen,
-                "holdout_loss": holdout_loss,
-                "holdout_accuracy": holdout_accuracy,
+                "holdout_loss": holdout["loss"],
+                "holdout_accuracy": holdout["accuracy"],
                 "lr_factor": lr_at(last_step, train.epochs * len(self.data.fit), self.config.optim),
             }
         )
         progress.seconds.append(progress.epoch_seconds + time.perf_counter() - started)
         if progress.epoch + 1 == best_epoch(progress.history, train.monitor):
             progress.best_epoch, progress.bad_epochs = progress.epoch + 1, 0
-            self.best_state = {k: v.cpu().clone() for k, v in self.model.learned_state().items()}
+            self.best_state = scored_state
         else:
             progress.bad_epochs += 1
         tqdm.write(epoch_line(progress, self.config))
@@ -199,19 +237,26 @@ class Trainer:
         progress.loss_sum = progress.epoch_seconds = 0.0
         self.save()
 
-    def score_holdout(self) -> tuple[float, float]:
-        """(mean cross-entropy without smoothing, accuracy), both over rows."""
+    def score_holdout(self) -> dict[str, float]:
+        """Loss (cross-entropy without smoothing) and accuracy, both over rows."""
         self.model.eval()
         batches = self.data.holdout
-        logits_NK = torch.from_numpy(one_pass(self.forward, batches, self.device, "holdout")).double()
-        labels_N = torch.from_numpy(batches.labels_N[batches.index_M])
-        accuracy = (logits_NK.argmax(1) == labels_N).double().mean()
-        return F.cross_entropy(logits_NK, labels_N).item(), accuracy.item()
+        logits_NK = one_pass(self.forward, batches, self.device, "holdout")
+        return loss_and_accuracy(logits_NK, batches.labels_N[batches.index_M])
+
+    @property
+    def soup(self) -> State | None:
+        """Mean of the weights after the last epochs; None if not asked for or if training stopped before."""
+        average = self.averages.get("soup")
+        return copied(average.state) if average and average.n_updates else None
 
 
-def fit(model: Classifier, data: FitData, config: Config, device: Device, folder: Path) -> Progress:
+def fit(
+    model: Classifier, data: FitData, config: Config, device: Device, folder: Path
+) -> tuple[Progress, State | None]:
     """Train `model` until patience or the epochs run out and leave it with its best epoch's weights.
 
+    Returns the progress and, where `after.soup_epochs` asks for it, the mean of the last epochs' weights.
     Resumes from the newest whole checkpoint in `folder`. Raises `SetupError` if the loss stops being finite.
     """
     trainer = Trainer(model, data, config, device, folder)
@@ -220,7 +265,7 @@ def fit(model: Classifier, data: FitData, config: Config, device: Device, folder
         trainer.end_epoch()
     model.load_state_dict(trainer.best_state, strict=False)
     model.eval()
-    return trainer.progress
+    return trainer.progress, trainer.soup
 
 
 def seed_dropout(seed: int) -> None:

@@ -18,7 +18,7 @@ from torchvision.transforms.v2 import functional as F
 
 from src.config import AugmentConfig
 from src.data import batches as batches_module
-from src.data.batches import Batches, Preprocess, derived_seed, to_device, training_transform
+from src.data.batches import Batches, Preprocess, derived_seed, to_device
 
 CPU = torch.device("cpu")
 PREPROCESS = Preprocess(24, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), "bicubic")
@@ -33,8 +33,7 @@ def numbered(n: int, batch_size: int) -> Batches:
 
 def augmented(n: int = 12, batch_size: int = 5) -> Batches:
     rows, labels_N = tiny.images(n)
-    transform = training_transform(RECIPE, PREPROCESS)
-    return Batches(rows, labels_N, np.arange(n), batch_size, CPU, transform, PREPROCESS)
+    return Batches(rows, labels_N, np.arange(n), batch_size, CPU, PREPROCESS, RECIPE)
 
 
 @settings(deadline=None, max_examples=60)
@@ -80,8 +79,7 @@ def test_augmentation_differs_by_seed_epoch_and_step():
     """The order of one image is always the same, so what differs is the augmentation."""
     rows, labels_N = tiny.images(1)
     rows = np.repeat(rows, 6, axis=0)
-    transform = training_transform(RECIPE, PREPROCESS)
-    batches = Batches(rows, labels_N.repeat(6), np.arange(6), 3, CPU, transform, PREPROCESS)
+    batches = Batches(rows, labels_N.repeat(6), np.arange(6), 3, CPU, PREPROCESS, RECIPE)
     seen = [x for seed, epoch in [(0, 0), (0, 1), (1, 0)] for x, _ in batches.epoch(seed, epoch)]
     assert len(seen) == 6
     assert all(not torch.equal(a, b) for i, a in enumerate(seen) for b in seen[:i])

@@ -38,8 +38,9 @@ def batch(n: int = 4) -> torch.Tensor:
 
 
 def open_gate(model: Classifier, value: float = 0.1) -> Classifier:
-    if model.spatial:
-        nn.init.constant_(model.spatial.gate, value)
+    for name, parameter in model.named_parameters():
+        if name.startswith("attention.") and name.endswith("gate"):
+            nn.init.constant_(parameter, value)
     return model
 
 
@@ -57,27 +58,28 @@ def test_every_trainable_parameter_gets_a_gradient(tmp_path, head, trainable, ba
     assert not dead
     # a sharper look than "not zero": weights of the attention are not merely noise above it
     if head == "attention":
-        C = model.spatial.proj.in_features
+        layer = model.attention.layers[0]
+        C = layer.proj.in_features
         parts = {
-            "query": model.spatial.qkv.weight.grad[:C],
-            "key": model.spatial.qkv.weight.grad[C : 2 * C],
-            "value": model.spatial.qkv.weight.grad[2 * C :],
+            "query": layer.qkv.weight.grad[:C],
+            "key": layer.qkv.weight.grad[C : 2 * C],
+            "value": layer.qkv.weight.grad[2 * C :],
         }
         assert all(part.abs().max() > 0 for part in parts.values())
     assert any(name.startswith("backbone.") for name in trained) == (trainable == "all")
     head_names = {name for name, _ in model.named_parameters() if not name.startswith("backbone.")}
-    held = {f"one_token.{layer}.{kind}" for layer in ("query", "key") for kind in ("weight", "bias")}
+    held = {f"neck.{layer}.{kind}" for layer in ("query", "key") for kind in ("weight", "bias")}
     assert head_names - set(trained) == (held if head == "as_run" else set())
 
 
 def test_attention_starts_as_the_plain_head(tmp_path):
     plain, attention = (tiny.build(tmp_path, head=head).model.eval() for head in ("plain", "attention"))
     plain.classifier.load_state_dict(attention.classifier.state_dict())
-    assert attention.spatial.gate.item() == 0
+    assert attention.attention.layers[0].gate.item() == 0
     x = batch()
     assert torch.equal(attention(x), plain(x))
     attention(x).square().sum().backward()
-    assert attention.spatial.gate.grad.abs() > 0  # so the gate leaves zero at the first step
+    assert attention.attention.layers[0].gate.grad.abs() > 0  # so the gate leaves zero at the first step
     assert not torch.equal(open_gate(attention)(x), plain(x))
 
 
@@ -88,14 +90,15 @@ def test_spatial_attention_is_multi_head_attention():
     for parameter in ours.parameters():
         nn.init.normal_(parameter, std=0.3)
     with torch.no_grad():
-        theirs.in_proj_weight.copy_(ours.qkv.weight)
-        theirs.in_proj_bias.copy_(ours.qkv.bias)
-        theirs.out_proj.load_state_dict(ours.proj.state_dict())
+        theirs.in_proj_weight.copy_(ours.layers[0].qkv.weight)
+        theirs.in_proj_bias.copy_(ours.layers[0].qkv.bias)
+        theirs.out_proj.load_state_dict(ours.layers[0].proj.state_dict())
     x = torch.randn(B, C, H, W)
     tokens = torch.stack([x[:, :, i // W, i % W] for i in range(H * W)], dim=1)
-    normed = nn.functional.layer_norm(tokens, (C,), ours.norm.weight, ours.norm.bias)
+    layer = ours.layers[0]
+    normed = nn.functional.layer_norm(tokens, (C,), layer.norm.weight, layer.norm.bias)
     mixed, _ = theirs(normed, normed, normed)
-    expected = tokens + ours.gate * mixed
+    expected = tokens + layer.gate * mixed
     out = ours(x)
     assert out.shape == x.shape
     for i in range(H * W):
@@ -104,8 +107,7 @@ def test_spatial_attention_is_multi_head_attention():
 
 def test_spatial_attention_looks_across_positions():
     torch.manual_seed(0)
-    layer = SpatialAttention(8, 2).eval()
-    nn.init.constant_(layer.gate, 1.0)
+    layer = SpatialAttention(8, 2, gate=1.0).eval()
     x = torch.randn(1, 8, 2, 3)
     changed = x.clone()
     changed[0, :, 0, 0] += torch.randn(8)
@@ -117,13 +119,13 @@ def test_one_token_attention_is_a_linear_layer_and_its_query_and_key_cannot_lear
     x = batch()
     with torch.no_grad():
         pooled = model.eval().features(x)
-        expected = model.classifier(model.one_token.value(pooled))
+        expected = model.classifier(model.neck.value(pooled))
         torch.testing.assert_close(model(x), expected, atol=1e-6, rtol=1e-6)
-    model.one_token.requires_grad_(True)
+    model.neck.requires_grad_(True)
     model.train()(x).square().sum().backward()
-    for layer in (model.one_token.query, model.one_token.key):
+    for layer in (model.neck.query, model.neck.key):
         assert not layer.weight.grad.any() and not layer.bias.grad.any()
-    assert model.one_token.value.weight.grad.any()
+    assert model.neck.value.weight.grad.any()
 
 
 def test_one_token_dropout_acts_in_training_only():
@@ -190,7 +192,7 @@ def test_multiply_adds_are_the_published_ones():
     """ConvNeXt paper, table 1: 4.5 G at 224; EfficientNet-Lite0's repository: 407 M."""
     for tag, published, tolerance in [("convnext_tiny", 4.5e9, 0.02), ("tf_efficientnet_lite0", 407e6, 0.07)]:
         with torch.device("meta"):
-            model = Classifier(timm.create_model(tag, num_classes=0), 1000, ModelConfig())
+            model = Classifier(timm.create_model(tag, num_classes=0), 1000, ModelConfig(), (768, 7, 7))
         assert gmacs(model.train(), 224) * 1e9 == pytest.approx(published, rel=tolerance)
         assert model.training
 
@@ -271,7 +273,8 @@ def test_backbone_with_channels_last_maps(tmp_path, head):
     model.backbone.forward_head = lambda x, pre_logits: forward_head(
         x.permute(0, 3, 1, 2), pre_logits=pre_logits
     )
-    assert building._is_nhwc(model.backbone, "a tag", tiny.SIZE)
+    channels = model.backbone.num_features
+    assert building._map_shape(model.backbone, "a tag", tiny.SIZE) == (2, 2, channels)
     model.nhwc = True
     torch.testing.assert_close(model(images), expected)
 

@@ -38,8 +38,8 @@ def test_rates_and_decay_by_name(tmp_path):
             exempt = parameter.ndim < 2 or name.endswith((".bias", "gate", "gamma"))
             assert group["weight_decay"] == (0.0 if exempt else CONFIG.weight_decay), name
     decayed = {names[id(p)] for g in groups if g["weight_decay"] for p in g["params"]}
-    assert {"classifier.weight", "spatial.qkv.weight", "spatial.proj.weight"} <= decayed
-    assert not {"spatial.gate", "spatial.norm.weight", "classifier.bias"} & decayed
+    assert {"classifier.weight", "attention.layers.0.qkv.weight", "attention.layers.0.proj.weight"} <= decayed
+    assert not {"attention.layers.0.gate", "attention.layers.0.norm.weight", "classifier.bias"} & decayed
 
 
 def test_one_step_is_the_formula(tmp_path):

@@ -37,7 +37,7 @@ def run(tmp_path, config, name: str = "run", **fields):
     built = tiny.build(tmp_path, dropout=config.model.dropout, **fields)
     folder = tmp_path / name
     folder.mkdir(exist_ok=True)
-    progress = fit(built.model, tiny.fit_data(built, config), config, tiny.device(5), folder)
+    progress, _ = fit(built.model, tiny.fit_data(built, config), config, tiny.device(5), folder)
     return built.model, progress
 
 
@@ -53,7 +53,7 @@ def test_accumulated_gradients_are_the_full_batch_s(tmp_path, micro_batch):
     """Eight images in parts of 3, 3 and 2: the parts are weighted by their sizes."""
     config = tiny.config(**PLAIN, optim__clip_norm=0.0)
     subject = trainer(tmp_path, config, micro_batch)
-    torch.nn.init.constant_(subject.model.spatial.gate, 0.1)
+    torch.nn.init.constant_(subject.model.attention.layers[0].gate, 0.1)
     reference = copy.deepcopy(subject.model).train()
     inputs, labels_B = next(subject.data.fit.epoch(0, 0))
     subject.optimizer.step = lambda: None
@@ -98,7 +98,7 @@ def test_a_step_is_adamw_on_the_clipped_gradient_at_the_scheduled_rate(tmp_path)
 def gradients_of_a_step(tmp_path, config, micro_batch: int):
     """(sums, gradients by name, passes through the first block) of one step, with dropout in every block."""
     subject = trainer(tmp_path, config, micro_batch)
-    torch.nn.init.constant_(subject.model.spatial.gate, 0.1)
+    torch.nn.init.constant_(subject.model.attention.layers[0].gate, 0.1)
     blocks = [block for stage in subject.model.backbone.stages for block in stage.blocks]
     for block in blocks:
         block.drop_path = torch.nn.Dropout(0.3)
@@ -404,7 +404,8 @@ def test_cached_features_train_the_same_head(tmp_path, monkeypatch):
     ]
     monkeypatch.setattr(built.model, "features", None)
     (tmp_path / "cached").mkdir()
-    cached = fit(built.model, train.FitData(*parts, cached=True), config, tiny.device(), tmp_path / "cached")
+    data = train.FitData(*parts, cached=True)
+    cached, _ = fit(built.model, data, config, tiny.device(), tmp_path / "cached")
     for ours, theirs in zip(cached.history, progress.history, strict=True):
         assert ours == pytest.approx(theirs, rel=1e-4)
     torch.testing.assert_close(built.model.classifier.weight, model.classifier.weight, atol=1e-5, rtol=1e-3)

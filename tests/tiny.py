@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from src.config import IMPROVEMENT, Config, ModelConfig, with_fields
-from src.data.batches import Batches, training_transform
+from src.data.batches import Batches
 from src.device import Device
 from src.model.build import Built, build_model
 from src.train import FitData
@@ -73,11 +73,10 @@ def config(**changes) -> Config:
 def fit_data(built: Built, config: Config, n: int = 23, n_holdout: int = 11) -> FitData:
     """`images` divided into fit and holdout."""
     rows, labels_N = images(n + n_holdout)
-    cpu, augment = torch.device("cpu"), config.augment
-    transform = None if augment.is_identity else training_transform(augment, built.preprocess)
-    order = np.arange(n + n_holdout)
-    batch = config.train.batch_size
+    cpu, order = torch.device("cpu"), np.arange(n + n_holdout)
+    batch, size = config.train.batch_size, config.model.predicts_at
+    balanced = config.data.sampling == "balanced"
     return FitData(
-        Batches(rows, labels_N, order[:n], batch, cpu, transform, built.preprocess),
-        Batches(rows, labels_N, order[n:], 4, cpu, None, built.preprocess),
+        Batches(rows, labels_N, order[:n], batch, cpu, built.preprocess, config.augment, balanced),
+        Batches(rows, labels_N, order[n:], 4, cpu, built.preprocess).at_size(size),
     )

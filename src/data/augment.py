@@ -11,11 +11,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from functools import lru_cache
+from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as nn_functional
 from torch import Tensor
+from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
 from src.config import AugmentConfig
@@ -31,7 +33,7 @@ BINS = 31
 def augment(
     images_BCHW: Tensor, config: AugmentConfig, generator: torch.Generator, fill: Sequence[int]
 ) -> Tensor:
-    """Crop, flip, RandAugment and erase, each sample with its own draws.
+    """Crop, flip, RandAugment, TrivialAugment, erase and cut out, each sample with its own draws.
 
     `images_BCHW`: uint8, 1 or 3 channels, any device. `generator`: on the CPU. `fill`: C levels, the colour
     of erased rectangles; the mean colour of the weights' preprocessing is 0 after normalisation.
@@ -51,10 +53,28 @@ def augment(
         images = flip(images, torch.rand(n_images, generator=generator) < config.flip)
     for _ in range(config.randaugment_ops):
         images = rand_augment(images, draw_codes(n_images, generator), config.randaugment_magnitude)
+    if config.trivial_augment:
+        bins = torch.randint(BINS, (n_images,), generator=generator)
+        images = trivial_augment(images, draw_codes(n_images, generator), bins)
     if config.erasing > 0:
         boxes = draw_erasures(n_images, height, width, config.erasing, generator)
         images = erase(images, boxes, fill)
+    if config.cutout > 0:
+        images = erase(images, draw_cutouts(n_images, height, width, config.cutout, generator), fill)
     return images
+
+
+def mixing(config: AugmentConfig, n_classes: int) -> v2.Transform | None:
+    """torchvision's mixup or CutMix (or one of them at each call) on (images_BCHW, labels_B); None for none.
+
+    Gives mixed images and labels as probabilities (B,K). Draws from torch's default generator.
+    """
+    mixes = [
+        kind(alpha=alpha, num_classes=n_classes)
+        for kind, alpha in ((v2.MixUp, config.mixup), (v2.CutMix, config.cutmix))
+        if alpha > 0
+    ]
+    return v2.RandomChoice(mixes) if mixes else None
 
 
 # Crops and flips -----------------------------------------------------------------------------------
@@ -161,18 +181,34 @@ PLACES = (*MOVES, *LEVELS, *(op for op in OPS if op not in (*MOVES, *LEVELS)))
 PLACE_OF_CODE = torch.tensor([2 * PLACES.index(op) + sign for op in OPS for sign in (0, 1)])
 
 
-@lru_cache(maxsize=256)
-def signed_magnitude(op: str, negative: bool, magnitude: int, height: int, width: int) -> float:
-    """What `op` is called with at bin `magnitude` of 31: torchvision's scales, in its float32."""
-    largest = {"ShearX": 0.3, "ShearY": 0.3, "Rotate": 30.0}
-    largest |= {"TranslateX": 150.0 / 331.0 * width, "TranslateY": 150.0 / 331.0 * height}
+class Strength(NamedTuple):
+    """A bin of 31 on RandAugment's scale, or on TrivialAugment's wider one."""
+
+    magnitude: int
+    wide: bool = False
+
+
+@lru_cache(maxsize=2048)
+def signed_magnitude(op: str, negative: bool, strength: Strength, height: int, width: int) -> float:
+    """What `op` is called with at a strength: torchvision's scales, in its float32."""
+    magnitude, wide = strength
     if op == "Posterize":
-        return 8 - round(magnitude / ((BINS - 1) / 4))
+        return 8 - round(magnitude / ((BINS - 1) / (6 if wide else 4)))
     if op == "Solarize":
         return 255 * torch.linspace(1.0, 0.0, BINS)[magnitude].item()
     if op not in SIGNED:
         return 0.0
-    value = torch.linspace(0.0, largest.get(op, 0.9), BINS)[magnitude].item()
+    if wide:
+        largest = {"TranslateX": 32.0, "TranslateY": 32.0, "Rotate": 135.0}.get(op, 0.99)
+    else:
+        largest = {
+            "ShearX": 0.3,
+            "ShearY": 0.3,
+            "TranslateX": 150.0 / 331.0 * width,
+            "TranslateY": 150.0 / 331.0 * height,
+            "Rotate": 30.0,
+        }.get(op, 0.9)
+    value = torch.linspace(0.0, largest, BINS)[magnitude].item()
     return -value if negative else value
 
 
@@ -183,11 +219,26 @@ def draw_codes(n_images: int, generator: torch.Generator) -> Tensor:
     return torch.where(signed[codes // 2], codes, codes // 2 * 2)  # one group for each unsigned op
 
 
-def rand_augment(images_BCHW: Tensor, codes_B: Tensor, magnitude: int) -> Tensor:
+def trivial_augment(images_BCHW: Tensor, codes_B: Tensor, bins_B: Tensor) -> Tensor:
+    """TrivialAugment's wide space (Müller & Hutter 2021): each sample's op at its own strength."""
+    bins, order = bins_B.sort(stable=True)
+    counts = np.bincount(bins.numpy(), minlength=BINS).tolist()
+    groups = images_BCHW.index_select(0, send(order, images_BCHW.device)).split(counts)
+    done = [
+        rand_augment(group, codes, magnitude, wide=True)
+        for magnitude, (group, codes) in enumerate(zip(groups, codes_B[order].split(counts), strict=True))
+        if len(group)
+    ]
+    return torch.cat(done).index_select(0, send(order.argsort(), images_BCHW.device))
+
+
+def rand_augment(images_BCHW: Tensor, codes_B: Tensor, magnitude: int, wide: bool = False) -> Tensor:
     """Apply to each sample the op and sign of its code (`draw_codes`), to all that share it at once.
 
-    Nearest neighbour and black outside the image, as in torchvision: equal to it pixel by pixel.
+    `magnitude`: a bin of 31 on RandAugment's scale, or on TrivialAugment's `wide` one. Nearest neighbour and
+    black outside the image, as in torchvision: equal to it pixel by pixel.
     """
+    strength = Strength(magnitude, wide)
     height, width = images_BCHW.shape[2:]
     places, order = PLACE_OF_CODE[codes_B].sort()
     counts = np.bincount(places.numpy(), minlength=2 * len(PLACES)).tolist()
@@ -196,43 +247,43 @@ def rand_augment(images_BCHW: Tensor, codes_B: Tensor, magnitude: int) -> Tensor
     grouped = images_BCHW.index_select(0, send(order, images_BCHW.device))
     moved, mapped, *groups = grouped.split([*together, *counts[n_moves + n_levels :]])
     of_moved, of_mapped, _ = places.split([*together, len(places) - sum(together)])
-    done = [_move(moved, of_moved, magnitude), _map_levels(mapped, of_mapped - n_moves, magnitude)]
+    done = [_move(moved, of_moved, strength), _map_levels(mapped, of_mapped - n_moves, strength)]
     for place, group in enumerate(groups, start=n_moves + n_levels):
         if len(group):
             op = PLACES[place // 2]
-            done.append(OPS[op](group, signed_magnitude(op, place % 2 == 1, magnitude, height, width)))
+            done.append(OPS[op](group, signed_magnitude(op, place % 2 == 1, strength, height, width)))
     return torch.cat(done).index_select(0, send(order.argsort(), images_BCHW.device))
 
 
-def _move(images_BCHW: Tensor, places_B: Tensor, magnitude: int) -> Tensor:
+def _move(images_BCHW: Tensor, places_B: Tensor, strength: Strength) -> Tensor:
     """All moves of a batch in one gather of pixels."""
-    source = _move_sources(*images_BCHW.shape[2:], magnitude, images_BCHW.device)
+    source = _move_sources(*images_BCHW.shape[2:], strength, images_BCHW.device)
     with_black = nn_functional.pad(images_BCHW.flatten(2), (1, 0))
     moved = _gather(with_black, source.index_select(0, send(places_B, images_BCHW.device)))
     return moved.view(images_BCHW.shape)
 
 
-def _map_levels(images_BCHW: Tensor, places_B: Tensor, magnitude: int) -> Tensor:
+def _map_levels(images_BCHW: Tensor, places_B: Tensor, strength: Strength) -> Tensor:
     """All of `LEVELS` in a batch in one lookup."""
-    tables = _level_tables(magnitude, images_BCHW.device)
+    tables = _level_tables(strength, images_BCHW.device)
     tables = tables.index_select(0, send(places_B, images_BCHW.device))
     return tables.gather(1, images_BCHW.flatten(1).long()).view(images_BCHW.shape)
 
 
-@lru_cache(maxsize=8)
-def _level_tables(magnitude: int, device: torch.device) -> Tensor:
+@lru_cache(maxsize=2 * BINS)
+def _level_tables(strength: Strength, device: torch.device) -> Tensor:
     """(2 * len(LEVELS), 256) uint8: what each op makes of each level, shown an image that has them all."""
     levels = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16)
     mapped = [
-        OPS[op](levels, signed_magnitude(op, negative, magnitude, 16, 16))
+        OPS[op](levels, signed_magnitude(op, negative, strength, 16, 16))
         for op in LEVELS
         for negative in (False, True)
     ]
     return send(torch.cat(mapped).flatten(1), device)
 
 
-@lru_cache(maxsize=8)
-def _move_sources(height: int, width: int, magnitude: int, device: torch.device) -> Tensor:
+@lru_cache(maxsize=2 * BINS)
+def _move_sources(height: int, width: int, strength: Strength, device: torch.device) -> Tensor:
     """(2 * len(MOVES), H*W): number, from 1, of the pixel that each move brings to each place; 0 for none.
 
     The ops themselves find it out, by moving an image whose pixels are their own numbers (what comes from
@@ -240,7 +291,7 @@ def _move_sources(height: int, width: int, magnitude: int, device: torch.device)
     """
     numbers = torch.arange(1.0, height * width + 1).view(1, 1, height, width)
     moved = [
-        move(numbers, signed_magnitude(op, negative, magnitude, height, width))
+        move(numbers, signed_magnitude(op, negative, strength, height, width))
         for op, move in MOVES.items()
         for negative in (False, True)
     ]
@@ -258,6 +309,15 @@ def draw_erasures(n_images: int, height: int, width: int, p: float, generator: t
     size, _ = _first_fit(heights, widths, (heights < height) & (widths < width), (0, 0))
     corner = _draw_corners(torch.tensor([height, width]) - size, generator)
     return torch.cat([corner, size * chosen[:, None]], dim=1)
+
+
+def draw_cutouts(n_images: int, height: int, width: int, side: int, generator: torch.Generator) -> Tensor:
+    """Boxes (B,4) int64 of squares with centres anywhere in the image, cut off at its edges."""
+    lengths = torch.tensor([height, width])
+    centre = (torch.rand((n_images, 2), generator=generator, dtype=torch.float64) * lengths).long()
+    start = (centre - side // 2).clamp(min=0)
+    end = (centre - side // 2 + side).minimum(lengths)
+    return torch.cat([start, end - start], dim=1)
 
 
 def erase(images_BCHW: Tensor, boxes_B4: Tensor, fill: Sequence[int]) -> Tensor:

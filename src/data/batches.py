@@ -10,7 +10,7 @@ from __future__ import annotations
 import mmap
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import numpy as np
@@ -22,7 +22,6 @@ from src.config import AugmentConfig
 from src.data.augment import augment
 from src.device import send
 
-Transform = Callable[[torch.Tensor, torch.Generator], torch.Tensor]
 # Share of the free device memory that the data may take to stay resident there.
 RESIDENT_SHARE = 0.4
 # Bytes read from a memory map before the pages that they came from are given back.
@@ -76,15 +75,6 @@ def _mean_std_rows(
     return (255 * torch.tensor([mean, std])).repeat(1, size).to(device)
 
 
-def training_transform(config: AugmentConfig, preprocess: Preprocess) -> Transform:
-    """Augmentation at the stored resolution, then `preprocess`."""
-
-    def transform(images_BCHW: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-        return preprocess(augment(images_BCHW, config, generator, preprocess.fill))
-
-    return transform
-
-
 def to_device(rows: np.ndarray, device: torch.device) -> np.ndarray | torch.Tensor:
     """The whole array as a tensor on a CUDA device where it fits; else as it is (memory-mapped)."""
     if device.type != "cuda" or rows.nbytes > RESIDENT_SHARE * torch.cuda.mem_get_info(device)[0]:
@@ -92,11 +82,28 @@ def to_device(rows: np.ndarray, device: torch.device) -> np.ndarray | torch.Tens
     return torch.from_numpy(np.array(rows)).to(device)  # a copy: torch wants writable memory
 
 
+def balanced_order(index_M: np.ndarray, labels_M: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """As many draws (M,) as there are examples, each class equally often (to within one).
+
+    An image comes again only when all of its class have come, so balanced data are merely shuffled.
+    """
+    classes, counts = np.unique(labels_M, return_counts=True)
+    quotas = np.full(len(classes), len(index_M) // len(classes))
+    quotas[rng.permutation(len(classes))[: len(index_M) % len(classes)]] += 1
+    drawn = []
+    for label, count, quota in zip(classes, counts, quotas, strict=True):
+        rounds = [rng.permutation(index_M[labels_M == label]) for _ in range(-(-quota // count))]
+        drawn.append(np.concatenate([index_M[:0], *rounds])[:quota])
+    return rng.permutation(np.concatenate(drawn))
+
+
 @dataclass(frozen=True)
 class Batches:
     """Batches of one split. `rows` is the store's images (N,3,S,S) or cached features, `index_M` the split.
 
-    Steps of an epoch differ in size by at most one, so no example is dropped and no batch is tiny.
+    Steps of an epoch differ in size by at most one, so no example is dropped and no batch is tiny. Images
+    have a `preprocess`, features none. `augmentation` changes the images of `epoch`, `balanced` draws
+    every class equally often there.
     """
 
     rows: np.ndarray | torch.Tensor
@@ -104,8 +111,9 @@ class Batches:
     index_M: np.ndarray
     batch_size: int
     device: torch.device
-    transform: Transform | None = None
     preprocess: Preprocess | None = None
+    augmentation: AugmentConfig = AugmentConfig()
+    balanced: bool = False
 
     def __len__(self) -> int:
         return -(-len(self.index_M) // self.batch_size)
@@ -115,13 +123,23 @@ class Batches:
         """Examples an epoch sees."""
         return len(self.index_M)
 
+    def at_size(self, size: int) -> Batches:
+        """The same images resized to another side; features stay as they are."""
+        return replace(self, preprocess=replace(self.preprocess, size=size)) if self.preprocess else self
+
     def epoch(self, seed: int, epoch: int, start: int = 0) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Shuffled, augmented (inputs, labels_B) of one epoch from step `start` on."""
-        order_M = np.random.default_rng([seed, epoch]).permutation(self.index_M)
+        rng = np.random.default_rng([seed, epoch])
+        if self.balanced:
+            order_M = balanced_order(self.index_M, self.labels_N[self.index_M], rng)
+        else:
+            order_M = rng.permutation(self.index_M)
         parts = np.array_split(order_M, len(self))[start:]
         for step, (inputs, labels_B) in enumerate(self._taken(parts), start):
-            generator = torch.Generator().manual_seed(derived_seed(seed, epoch, step))
-            yield (self.transform(inputs, generator) if self.transform else self._prepare(inputs)), labels_B
+            if not self.augmentation.is_identity:
+                generator = torch.Generator().manual_seed(derived_seed(seed, epoch, step))
+                inputs = augment(inputs, self.augmentation, generator, self.preprocess.fill)
+            yield self._prepare(inputs), labels_B
 
     def in_order(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """(inputs, labels_B) once through the split in its own order, never augmented."""

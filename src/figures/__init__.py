@@ -1,0 +1,24 @@
+"""Figures: each function returns a `matplotlib.figure.Figure`; nothing is saved.
+
+Classes appear by name, and every figure carries the footer (`note`) that says which run it shows.
+"""
+
+from src.figures.arm import N_SAMPLES, class_samples, right_and_wrong, training_curve
+from src.figures.comparison import comparison_figure
+from src.figures.confusion import confusion_figure, similarity_order
+from src.figures.recipe import ablation_figure, lr_figure
+from src.figures.style import Images, clean
+
+__all__ = [
+    "N_SAMPLES",
+    "Images",
+    "ablation_figure",
+    "class_samples",
+    "clean",
+    "comparison_figure",
+    "confusion_figure",
+    "lr_figure",
+    "right_and_wrong",
+    "similarity_order",
+    "training_curve",
+]
