@@ -14,7 +14,7 @@ READY := $(VENV)/.ready
 settings = profile='$(PROFILE)' protocol='$(PROTOCOL)' data_dir='$(DATA)' seed='$(SEED)'
 
 .DEFAULT_GOAL := help
-.PHONY: help quick baseline improvement test slow bench check format notebooks readme clean
+.PHONY: help quick baseline improvement ablation test slow bench check format notebooks readme clean
 
 help:  ## List the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -30,6 +30,10 @@ baseline: $(READY)  ## Run the baseline notebook (PROFILE=full PROTOCOL=holdout 
 
 improvement: $(READY)  ## Run the improvement notebook (same settings)
 	@$(PY) -m tools.execute Improvement results $(settings)
+
+ablation: $(READY)  ## Measure what each ingredient is worth (PROFILE=offline DATA= ARGS=)
+	@$(PY) -m src.experiment ablation --profile '$(PROFILE)' --protocol '$(PROTOCOL)' \
+		$(if $(DATA),--data '$(DATA)') $(ARGS)
 
 test: $(READY)  ## Run the test suite (ARGS= goes to pytest)
 	@$(PY) -m pytest $(ARGS)

@@ -16,12 +16,13 @@ from torchvision import transforms
 
 from bench import conventional
 from bench.pair import Round, report_errors, save, take_turns
-from bench.workload import CACHE, arm_config, described, image_folder, parse_arguments
+from bench.workload import CACHE, described, image_folder, parse_arguments, profile
 from src.config import AugmentConfig, DataConfig
 from src.data.batches import Batches, Preprocess, to_device
 from src.data.sources import open_source
 from src.data.store import Store, open_store
 from src.device import choose_device, set_up_process
+from src.experiment import configure
 
 SIZE = 224
 BATCH = 256
@@ -73,7 +74,7 @@ def our_input(folder: str, what: str) -> Round:
         shutil.rmtree(cache, ignore_errors=True)
     store = _store(folder, cache)
     device = choose_device(SIZE, BATCH).torch_device
-    recipe = AugmentConfig() if what == "plain_224" else arm_config("improvement", folder).augment
+    recipe = AugmentConfig() if what == "plain_224" else configure("improvement", profile(), folder).augment
     preprocess = AS_STORED if what == "train_stored" else PREPROCESS
     rows = to_device(store.images, device)
     index_M = np.flatnonzero(store.official_split_N == "train")

@@ -1,9 +1,9 @@
 """What each ingredient is worth: runs that differ by one ingredient, on the same seeds.
 
     python -m src.experiment ablation --profile offline --data DIR
-    python -m src.experiment ablation --profile offline --data DIR --rows "baseline,+ full fine-tuning"
+    python -m src.experiment ablation --profile offline --data DIR --rows baseline "+ full fine-tuning"
 
-`GRID` declares the rows. A row that is in `ablation.csv` with the same configuration is not run again.
+`grid` declares the rows. A row that is in `ablation.csv` with the same configuration is not run again.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -25,7 +26,15 @@ from src import SetupError
 from src import config as configs
 from src.config import AfterConfig, Config
 from src.evaluate import calibration_error
-from src.experiment import Paths, configure, prepare, recorded_config, require_writable, train_and_predict
+from src.experiment import (
+    Paths,
+    configure,
+    open_data,
+    prepare,
+    recorded_config,
+    require_writable,
+    train_and_predict,
+)
 from src.files import read_json, write_atomically
 from src.predict import loss_and_accuracy
 
@@ -36,9 +45,8 @@ BUDGETS = {
     "offline": {"model.image_size": 64, "train.epochs": 2, "data.fit_per_class": 100},
     "full": {"train.epochs": 12},
 }
-RECIPE = (
-    "+ label smoothing"  # the improvement as written: single ingredients are added to it or taken from it
-)
+# The improvement as written: single ingredients are added to it or taken from it.
+RECIPE = "+ label smoothing"
 
 
 @dataclass(frozen=True)
@@ -93,6 +101,7 @@ SINGLE = {
     "head: SCRA gate in the backbone": {"model.scra": True},
     "start: pretrained classifier's rows": {"model.head_init": "pretrained_rows"},
     "start: linear probe (LP-FT)": {"model.head_init": "probe"},
+    "trained: head alone": {"model.trainable": "none"},
     "trained: last stage": {"model.trainable": "last_stage"},
     "trained: last two blocks": {"model.trainable": "last_two_blocks"},
     "layer decay 0.8": {"optim.layer_decay": 0.8},
@@ -112,6 +121,16 @@ SINGLE = {
     "after: ten crops": {"after.tta": "ten_crop"},
     "after: temperature": {"after.temperature": True},
 }
+# Columns of the ablation in words, and how each is aligned.
+COLUMNS = {
+    "row": "---",
+    "valid": "---:",
+    "ECE": "---:",
+    "seeds": "---:",
+    "against": "---",
+    "difference": "---:",
+    "verdict": "---",
+}
 
 
 def grid() -> tuple[Row, ...]:
@@ -127,20 +146,49 @@ def grid() -> tuple[Row, ...]:
 
 
 def config_of(row: Row, profile: str, data_dir: str, seed: int, overrides: dict[str, object]) -> Config:
-    """The row's configuration: preset, the profile's budget, its own changes, `overrides` and seed.
+    """The row's configuration: preset, the profile's budget, `overrides`, its own changes and the seed.
 
-    A frozen backbone is trained on as long as its preset says: its epochs cost next to nothing.
+    On cached features a row trains as long as its preset says: epochs cost next to nothing there.
     """
-    shared = {**BUDGETS[profile], **overrides}
+    shared = {**BUDGETS.get(profile, {}), **overrides}
     changes = {**shared, **row.changes, "train.seed": seed}
     if changes.get("model.test_size") == "x1.5":
         size = configs.preset(row.arm, profile, shared).model.image_size
         changes["model.test_size"] = round(1.5 * size / 32) * 32
     config = configure(row.arm, profile, data_dir, changes)
-    if config.model.trainable == "none" and "train.epochs" not in overrides:
+    if config.caches_features and "train.epochs" not in overrides:
         epochs = configs.preset(row.arm, profile).train.epochs
         config = configs.with_fields(config, {"train.epochs": epochs})
     return config
+
+
+@dataclass(frozen=True)
+class Job:
+    """A row under a seed. `key` names its configuration and data, `training_key` what training needs."""
+
+    row: Row
+    config: Config
+    key: str
+    training_key: str
+
+    @property
+    def seed(self) -> int:
+        return self.config.train.seed
+
+    def paths(self, paths: Paths) -> Paths:
+        """Where it runs: rows that differ in `after` alone share a folder, and so their training."""
+        return replace(paths, runs=paths.runs / "ablation" / self.training_key)
+
+    @classmethod
+    def of(cls, row: Row, config: Config, fingerprint: str) -> Job:
+        training = replace(config, after=AfterConfig(soup_epochs=config.after.soup_epochs))
+        return cls(row, config, config_key(config, fingerprint), config_key(training, fingerprint))
+
+
+def config_key(config: Config, fingerprint: str) -> str:
+    """Twelve hexadecimal digits that name a configuration on the data of that fingerprint."""
+    text = json.dumps([recorded_config(config), fingerprint], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 def run_ablation(
@@ -148,37 +196,68 @@ def run_ablation(
 ) -> Path:
     """Run what is missing of the grid, seed by seed, and write table, summary and figure as rows come in.
 
-    `names`: these rows alone (all by default). Returns the folder of the results. Raises `SetupError` for a
-    name that is no row's.
+    `names`: these rows alone (all by default). Returns the folder of the results. A row that cannot be run
+    is passed over and named at the end. Raises `SetupError` for that, for a name that is no row's, and where
+    the folder holds other rows of another configuration or of other data.
     """
     known = {row.name: row for row in grid()}
     if unknown := [name for name in names if name not in known]:
         raise SetupError(f"no row is called {unknown[0]!r}; the rows are: {'; '.join(known)}.")
     folder = paths.results / "ablation"
-    require_writable(folder)
-    rows = [known[name] for name in names or known]
-    jobs = [
-        (row, seed, config_of(row, profile, data_dir, seed, overrides or {}))
-        for seed in SEEDS
-        for row in rows
-    ]
-    done = {(r["row"], r["seed"], r["config"]) for r in read_table(folder).to_dict("records")}
-    missing = [job for job in jobs if (job[0].name, job[1], config_key(job[2])) not in done]
+    for needed in (folder, paths.runs, paths.cache):
+        require_writable(needed)
+
+    def config(name: str, seed: int) -> Config:
+        return config_of(known[name], profile, data_dir, seed, overrides or {})
+
+    fingerprint = open_data(config(RECIPE, 0), paths).fingerprint
+
+    def job(name: str, seed: int) -> Job:
+        return Job.of(known[name], config(name, seed), fingerprint)
+
+    jobs = [job(name, seed) for seed in SEEDS for name in dict.fromkeys(names or known)]
+    wanted = {(job.row.name, job.seed) for job in jobs}
+    table = read_table(folder)
+    lines = [(line.row, line.seed, line.config) for line in table.itertuples() if line.row in known]
+    done = {(name, seed) for name, seed, key in lines if job(name, seed).key == key}
+    if stale := {(name, seed) for name, seed, _ in lines} - done:
+        if others := sorted({name for name, _ in stale - wanted}):
+            raise SetupError(
+                f"{folder} holds rows of another configuration or data ({others[0]!r}, {len(others)} in "
+                "all), which these could not be compared with. Run all rows anew, or pass another folder "
+                "with --results DIR."
+            )
+        write_table(folder, table[[pair in done for pair in zip(table["row"], table["seed"], strict=True)]])
+    missing = [job for job in jobs if (job.row.name, job.seed) not in done]
+    refused: dict[str, str] = {}
     with tqdm(total=len(jobs), initial=len(jobs) - len(missing), desc="ablation", unit="row") as bar:
-        for i, (row, seed, config) in enumerate(missing):
-            bar.set_postfix_str(f"{row.name}, seed {seed}")
-            add_record(folder, run_row(row, seed, config, paths))
-            write_summary(folder)
-            if training_key(config) not in {training_key(later) for *_, later in missing[i + 1 :]}:
-                shutil.rmtree(training_paths(config, paths).runs, ignore_errors=True)
+        for i, job in enumerate(missing):
+            bar.set_postfix_str(f"{job.row.name}, seed {job.seed}")
+            if job.row.name not in refused:
+                try:
+                    add_record(folder, run_row(job, paths))
+                except SetupError as error:
+                    if str(error) in refused.values():
+                        raise  # of two rows: no row's own fault
+                    refused[job.row.name] = str(error)
+                write_summary(folder)
+            if job.training_key not in {later.training_key for later in missing[i + 1 :]}:
+                shutil.rmtree(job.paths(paths).runs, ignore_errors=True)
             bar.update()
     write_summary(folder)
+    for job in jobs:  # also of rows that were done when a call before this one was cut off
+        shutil.rmtree(job.paths(paths).runs, ignore_errors=True)
+    with suppress(OSError):
+        (paths.runs / "ablation").rmdir()
+    if refused:
+        reasons = "\n".join(f"  {name}: {reason}" for name, reason in refused.items())
+        raise SetupError(f"all rows are run but these, which cannot be:\n{reasons}")
     return folder
 
 
-def run_row(row: Row, seed: int, config: Config, paths: Paths) -> dict:
-    """Train and predict one row -> its record. Rows that differ in `after` alone share their training."""
-    setup = prepare(config, training_paths(config, paths))
+def run_row(job: Job, paths: Paths) -> dict:
+    """Train and predict one row -> its record."""
+    setup = prepare(job.config, job.paths(paths))
     setup.run_folder.mkdir(parents=True, exist_ok=True)
     train_and_predict(setup)
     facts, splits = read_json(setup.run_folder / "facts.json"), setup.splits
@@ -189,8 +268,8 @@ def run_row(row: Row, seed: int, config: Config, paths: Paths) -> dict:
         scores |= {f"{name}_{key}": value for key, value in loss_and_accuracy(logits_NK, labels_N).items()}
         scores[f"{name}_ece"] = calibration_error(confidence_N, right_N)
     return {
-        "row": row.name,
-        "seed": seed,
+        "row": job.row.name,
+        "seed": job.seed,
         **scores,
         "seconds": facts["seconds"]["total"],
         **{
@@ -200,23 +279,8 @@ def run_row(row: Row, seed: int, config: Config, paths: Paths) -> dict:
         "after": "; ".join(step["step"] for step in facts["after"] if step["kept"]),
         **{key: facts[key] for key in ("backbone", "image_size", "data", "protocol", "n_fit", "hardware")},
         "git_commit": facts["git_commit"],
-        "config": config_key(config),
+        "config": job.key,
     }
-
-
-def config_key(config: Config) -> str:
-    """Twelve hexadecimal digits that name a configuration."""
-    text = json.dumps(recorded_config(config), sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:12]
-
-
-def training_key(config: Config) -> str:
-    """The same for that part of it on which training depends."""
-    return config_key(replace(config, after=AfterConfig(soup_epochs=config.after.soup_epochs)))
-
-
-def training_paths(config: Config, paths: Paths) -> Paths:
-    return replace(paths, runs=paths.runs / "ablation" / training_key(config))
 
 
 def read_table(folder: Path) -> pd.DataFrame:
@@ -225,21 +289,26 @@ def read_table(folder: Path) -> pd.DataFrame:
     if not path.exists():
         return pd.DataFrame(columns=["row", "seed", "config"])
     try:
-        return pd.read_csv(path, keep_default_na=False)
+        names = dict.fromkeys(("config", "git_commit"), str)  # hexadecimal, and some look like numbers
+        return pd.read_csv(path, keep_default_na=False, dtype=names)
     except (OSError, ValueError) as error:
         raise SetupError(f"{path} cannot be read ({error}). Move it away to start anew.") from None
 
 
-def add_record(folder: Path, record: dict) -> None:
-    """Write the record into `ablation.csv`, in the grid's order, in place of an older one of its kind."""
-    table = read_table(folder)
-    table = table[(table["row"] != record["row"]) | (table["seed"] != record["seed"])]
-    table = pd.concat([table, pd.DataFrame([record])]) if len(table) else pd.DataFrame([record])
-    order = {row.name: place for place, row in enumerate(grid())}
-    table = table.sort_values(["row", "seed"], key=lambda c: c.map(order) if c.name == "row" else c)
+def write_table(folder: Path, table: pd.DataFrame) -> None:
+    """`ablation.csv` in the grid's order, without rows that the grid no longer has."""
     from src.report import write_csv
 
+    order = {row.name: place for place, row in enumerate(grid())}
+    table = table[table["row"].isin(order)]
+    table = table.sort_values(["row", "seed"], key=lambda c: c.map(order) if c.name == "row" else c)
     write_csv(table, folder / "ablation.csv")
+
+
+def add_record(folder: Path, record: dict) -> None:
+    """Write the record into `ablation.csv`."""
+    table, line = read_table(folder), pd.DataFrame([record])
+    write_table(folder, pd.concat([table, line]) if len(table) else line)
 
 
 def summarise(table: pd.DataFrame) -> pd.DataFrame:
@@ -248,11 +317,10 @@ def summarise(table: pd.DataFrame) -> pd.DataFrame:
     The difference is paired by seed, its 95 % interval Student's over the seeds that both have (none for one
     seed). It speaks of training again on these images, not of other images.
     """
+    by_row = {name: group.set_index("seed") for name, group in table.groupby("row")}
     lines = []
-    for row in grid():
-        own = table[table["row"] == row.name].set_index("seed")
-        if own.empty:
-            continue
+    for row in (row for row in grid() if row.name in by_row):
+        own, other = by_row[row.name], by_row.get(row.against)
         valid = own["valid_accuracy"]
         line = {
             "row": row.name,
@@ -267,8 +335,8 @@ def summarise(table: pd.DataFrame) -> pd.DataFrame:
             "parameters": own["parameters"].iloc[0],
             "gflops": own["gflops"].iloc[0],
         }
-        other = table[table["row"] == row.against].set_index("seed")["valid_accuracy"]
-        lines.append(line | paired_difference((valid - other).dropna().to_numpy(float)))
+        paired = valid[:0] if other is None else (valid - other["valid_accuracy"]).dropna()
+        lines.append(line | paired_difference(paired.to_numpy(float)))
     return pd.DataFrame(lines)
 
 
@@ -293,55 +361,87 @@ def paired_difference(differences: np.ndarray) -> dict[str, object]:
 def write_summary(folder: Path) -> None:
     """`summary.csv`, `summary.md` and `ablation.png` from `ablation.csv`; nothing where that is empty."""
     from src.figures import ablation_figure
-    from src.report import footer, save, write_csv
+    from src.report import save
 
     table = read_table(folder)
     if table.empty:
         return
+    save(ablation_figure(write_words(folder, table), about(table)), folder / "ablation.png")
+
+
+def write_words(folder: Path, table: pd.DataFrame) -> pd.DataFrame:
+    """`summary.csv` and `summary.md`, which follow from the table to the letter; returns the summary."""
+    from src.report import write_csv
+
     summary = summarise(table)
-    note = about(table, footer(table.iloc[-1].to_dict()))
+    words = text(summary, about(table))
     write_csv(summary, folder / "summary.csv")
-    write_atomically(folder / "summary.md", lambda p: p.write_text(text(summary, note), encoding="utf-8"))
-    save(ablation_figure(summary, note), folder / "ablation.png")
+    write_atomically(folder / "summary.md", lambda p: p.write_text(words, encoding="utf-8"))
+    return summary
 
 
-def about(table: pd.DataFrame, setup: str) -> str:
+def read_summary(path: Path) -> pd.DataFrame:
+    """What `summarise` gave, from `summary.csv`."""
+    return pd.read_csv(path).fillna({"against": "", "verdict": ""})
+
+
+def about(table: pd.DataFrame) -> str:
     """What all rows share, for the footer of the figure and the head of the text."""
-    trained = table[table["trainable_parameters"] > 1e6]
-    epochs = sorted(set((trained if len(trained) else table)["epochs"]))
-    machines = "; ".join(sorted(set(table["hardware"])))
-    return (
-        f"{setup.split(' · ')[0]} · {table['image_size'].iloc[0]} px · {table['n_fit'].iloc[0]:,} images to "
-        f"train on · {epochs[0]} epochs where the backbone is trained · {len(set(table['seed']))} seeds · "
-        f"data: {table['data'].iloc[0]} · protocol: {table['protocol'].iloc[0]} · {machines}"
+    arms = {row.name: configs.PRESETS[row.arm].model.trainable for row in grid()}
+    parts = {row.name: row.changes.get("model.trainable", arms[row.name]) for row in grid()}
+    trained = table[table["row"].map(parts) != "none"]
+
+    def shared(column: str, lines: pd.DataFrame = table) -> str:
+        return ", ".join(str(value) for value in sorted(set(lines[column])))
+
+    epochs = f"epochs: {shared('epochs', trained)} where the backbone is trained" if len(trained) else ""
+    facts = (
+        shared("backbone"),
+        f"{shared('image_size')} px",
+        f"{table['n_fit'].iloc[0]:,} images to train on",
+        epochs,
+        f"seeds: {shared('seed')}",
+        f"data: {shared('data')}",
+        f"protocol: {shared('protocol')}",
+        shared("hardware"),
     )
+    return " · ".join(fact for fact in facts if fact)
 
 
 def text(summary: pd.DataFrame, note: str) -> str:
     """The ablation in words: a line a row, generated from the numbers."""
-    lines = [
-        "# What each ingredient is worth",
-        "",
-        f"{note}.",
-        "",
-        "Accuracy on `valid`, mean ± standard deviation over seeds; differences in points, paired by seed, "
-        "with Student's 95 % interval over seeds.",
-        "",
-        "| row | valid | seeds | against | difference | verdict |",
-        "| --- | ---: | ---: | --- | ---: | --- |",
-    ]
+    return "\n".join(
+        (
+            "# What each ingredient is worth",
+            "",
+            f"{note}.",
+            "",
+            "Accuracy on `valid`, mean ± standard deviation over seeds; expected calibration error (ECE); "
+            "differences of accuracy in points, paired by seed, with Student's 95 % interval over seeds. One "
+            "interval in twenty misses the truth by chance.",
+            "",
+            markdown(summary),
+            "",
+        )
+    )
+
+
+def markdown(summary: pd.DataFrame, columns: Sequence[str] = tuple(COLUMNS)) -> str:
+    """The summary as a table with some of `COLUMNS`."""
+    lines = [columns, [COLUMNS[column] for column in columns]]
     for line in summary.itertuples():
-        spread = "" if np.isnan(line.valid_sd) else f" ± {100 * line.valid_sd:.2f}"
         difference = "" if np.isnan(line.difference) else f"{100 * line.difference:+.2f}"
         if not np.isnan(line.low):
             difference += f" [{100 * line.low:+.2f}, {100 * line.high:+.2f}]"
-        cells = (
-            line.row,
-            f"{100 * line.valid_mean:.2f}{spread}",
-            line.seeds,
-            line.against,
-            difference,
-            line.verdict,
-        )
-        lines.append("| " + " | ".join(str(cell) for cell in cells) + " |")
-    return "\n".join(lines) + "\n"
+        spread = "" if np.isnan(line.valid_sd) else f" ± {100 * line.valid_sd:.2f}"
+        cells = {
+            "row": line.row,
+            "valid": f"{100 * line.valid_mean:.2f}{spread}",
+            "ECE": f"{100 * line.ece_mean:.2f}",
+            "seeds": str(line.seeds),
+            "against": line.against,
+            "difference": difference,
+            "verdict": line.verdict,
+        }
+        lines.append([cells[column] for column in columns])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)

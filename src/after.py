@@ -13,7 +13,7 @@ from itertools import islice
 import numpy as np
 import torch
 from scipy.optimize import minimize_scalar
-from torch.optim.swa_utils import update_bn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torchvision.transforms.v2 import functional as transforms
 
 from src.average import State, between, copied, load
@@ -81,17 +81,36 @@ def improve(
         attempt(config.tta, function=averaged_views(predictor.function, config.tta))
     if config.temperature:
         logits_NK = predictor.logits(data.holdout, "holdout")
-        predictor.temperature = best_temperature(logits_NK, labels_N)
-        result = loss_and_accuracy(logits_NK / predictor.temperature, labels_N)
-        step = {"step": f"temperature {predictor.temperature:.4f}", **result, "kept": True}
-        predictor.tried.append(step)
+        temperature = best_temperature(logits_NK, labels_N)
+        result = loss_and_accuracy(logits_NK / temperature, labels_N)
+        kept = result["loss"] < best["loss"]  # its accuracy is the same
+        predictor.tried.append({"step": f"temperature {temperature:.4f}", **result, "kept": kept})
+        predictor.temperature = temperature if kept else 1.0
     return predictor
 
 
+@torch.no_grad()
 def measure_statistics(model: Classifier, data: FitData) -> None:
-    """Batch normalisation's means and variances anew, on training batches; nothing for other networks."""
-    batches = islice(data.fit.epoch(seed=0, epoch=0), STATISTICS_BATCHES)
-    update_bn(batches, model.classify if data.cached else model)
+    """Batch normalisation's means and variances anew, on training batches, where training changes them.
+
+    Nothing for other networks. Like torch's `update_bn`, but frozen layers keep what they have, features may
+    stand for images, and dropout is off, as in prediction.
+    """
+    model.train()
+    norms = [module for module in model.modules() if isinstance(module, _BatchNorm) and module.training]
+    model.eval()
+    if not norms:
+        return
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None  # each batch counts alike
+        norm.train()
+    function = model.classify if data.cached else model
+    for inputs, _ in islice(data.fit.epoch(seed=0, epoch=0), STATISTICS_BATCHES):
+        function(inputs)
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum
     model.eval()
 
 

@@ -205,6 +205,10 @@ class Config:
                 f"model.head = {self.model.head!r} starts from new layers: model.head_init must be random, "
                 f"not {self.model.head_init!r}."
             )
+        smallest = RANGES["model.image_size"][0]
+        for name in ("model.test_size", "train.start_size"):
+            if 0 < get(self, name) < smallest:
+                raise SetupError(f"{name} = {get(self, name)} is too small; it must be 0 or {smallest} up.")
         if self.train.start_size > self.model.image_size:
             raise SetupError(
                 f"train.start_size = {self.train.start_size} is larger than "
@@ -229,7 +233,7 @@ class Config:
         growing = self.train.epochs - max(1, self.train.epochs // 3)  # epochs before the last size
         if not first or epoch >= growing:
             return last
-        return min(last, max(32, round((first + (last - first) * epoch / growing) / 32) * 32))
+        return min(last, round((first + (last - first) * epoch / growing) / 32) * 32)
 
 
 CHOICES = {
@@ -387,15 +391,8 @@ def preset(arm: str, profile: str, overrides: dict[str, object] | None = None) -
 
 def probe_of(config: Config) -> Config:
     """The linear probe that `model.head_init = "probe"` starts from: the baseline's method, same backbone."""
-    model = dataclasses.replace(
-        config.model,
-        trainable="none",
-        head="plain",
-        head_init="random",
-        drop_path=0.0,
-        test_size=0,
-        scra=False,
-    )
+    backbone = {name: getattr(config.model, name) for name in ("backbone", "weights", "image_size")}
+    model = dataclasses.replace(BASELINE.model, **backbone)
     train = dataclasses.replace(BASELINE.train, epochs=config.train.probe_epochs, seed=config.train.seed)
     return dataclasses.replace(
         config, model=model, augment=AugmentConfig(), optim=BASELINE.optim, train=train, after=AfterConfig()

@@ -103,11 +103,16 @@ def prepare(config: Config, paths: Paths) -> Setup:
     set_up_process()
     for folder in (paths.results, paths.runs, paths.cache):
         require_writable(folder)
-    source = open_source(config.data, paths.cache)
-    store = open_store(source, paths.cache, config.data.stored_size, config.data.skip_bad)
+    store = open_data(config, paths)
     splits = make_splits(store, config.data)
     built = build_model(config.model, store.wnids, config.train.seed)
     return Setup(config, paths, store, splits, built, device_for(config), git_commit())
+
+
+def open_data(config: Config, paths: Paths) -> Store:
+    """The decoded images that `config` asks for; `SetupError` where they are not what they should be."""
+    source = open_source(config.data, paths.cache)
+    return open_store(source, paths.cache, config.data.stored_size, config.data.skip_bad)
 
 
 def device_for(config: Config) -> Device:
@@ -334,16 +339,17 @@ def require_writable(folder: Path) -> None:
 
 def summary(results: Path) -> str:
     """A line an arm: accuracy with its interval, seconds, folder."""
-    lines = [f"{'arm':<12} {'accuracy':>8}  {'95 % interval':<18} {'seconds':>7}  folder"]
-    for path in sorted(results.glob("*/metrics.json")):
-        m = read_json(path)
+    found = [(path.parent, read_json(path)) for path in sorted(results.glob("*/metrics.json"))]
+    if not found:
+        raise SetupError(f"no metrics.json in the folders of {results}: run an arm first.")
+    width = max(12, *(len(m["arm"]) for _, m in found))
+    lines = [f"{'arm':<{width}} {'accuracy':>8}  {'95 % interval':<18} {'seconds':>7}  folder"]
+    for folder, m in found:
         interval = f"[{m['wilson_low']:.2%}, {m['wilson_high']:.2%}]"
         seconds = m["seconds"]["total"]
         lines.append(
-            f"{m['arm']:<12} {m['accuracy']:>8.2%}  {interval:<18} {seconds:>7.0f}  {shown(path.parent)}"
+            f"{m['arm']:<{width}} {m['accuracy']:>8.2%}  {interval:<18} {seconds:>7.0f}  {shown(folder)}"
         )
-    if len(lines) == 1:
-        raise SetupError(f"no metrics.json in the folders of {results}: run an arm first.")
     return "\n".join(lines)
 
 

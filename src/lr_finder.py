@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import math
 import tempfile
+from dataclasses import replace
 from itertools import chain, count
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
+from src import SetupError
 from src.config import Config, with_fields
 from src.experiment import Paths, make_batches, prepare, require_writable, start_from_probe
 from src.predict import image_bar
@@ -36,8 +38,8 @@ def find_lr(config: Config, paths: Paths) -> tuple[Path, float]:
     setup = prepare(config, paths)
     folder = paths.results / config.arm.capitalize()
     require_writable(folder)
-    with tempfile.TemporaryDirectory() as scratch:
-        setup.run_folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as scratch:  # a probe's checkpoints go with it
+        setup = replace(setup, paths=replace(paths, runs=Path(scratch)))
         if config.model.head_init == "probe":
             start_from_probe(setup)
         data, _, _ = make_batches(setup)
@@ -77,7 +79,14 @@ def sweep(trainer: Trainer) -> pd.DataFrame:
 
 
 def steepest(table: pd.DataFrame) -> float:
-    """The factor at which the smoothed loss falls fastest over the logarithm of the rate."""
+    """The factor at which the smoothed loss falls fastest over the logarithm of the rate.
+
+    Raises `SetupError` for a loss that is not finite from the start.
+    """
     finite = table[np.isfinite(table["smoothed_loss"])]
+    if len(finite) < 2:
+        raise SetupError(
+            f"the loss is not finite at {FACTORS[0]:g} times the rates of the preset: nothing trains."
+        )
     slope = np.gradient(finite["smoothed_loss"], np.log(finite["factor"]))
     return float(finite["factor"].iloc[int(np.argmin(slope))])

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from src import SetupError
 from src.config import OptimConfig
 from src.model.build import Classifier, layer_numbers
 
@@ -93,6 +94,11 @@ class L2SP:
     def __init__(self, backbone: nn.Module, weight: float) -> None:
         self.weight = weight
         self.parameters = [p for p in backbone.parameters() if p.requires_grad]
+        if not self.parameters:
+            raise SetupError(
+                f"optim.l2_sp = {weight} holds a backbone that learns to its start: "
+                "it needs another model.trainable than none."
+            )
         self.start = [p.detach().clone() for p in self.parameters]
 
     def __call__(self) -> torch.Tensor:

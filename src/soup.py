@@ -6,6 +6,7 @@ python -m src.experiment soup --preset improvement --profile offline --data DIR 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from safetensors.torch import load_file
@@ -14,7 +15,7 @@ from src import SetupError
 from src.after import Predictor, measure_statistics
 from src.average import load, mean
 from src.config import Config, with_fields
-from src.experiment import Paths, make_batches, prepare, require_writable, shown
+from src.experiment import FINISHED, Paths, claim_run_folder, make_batches, prepare, require_writable, shown
 from src.files import write_json
 from src.predict import loss_and_accuracy
 
@@ -22,17 +23,25 @@ from src.predict import loss_and_accuracy
 def soup_of_seeds(config: Config, seeds: Sequence[int], paths: Paths) -> tuple[Path, dict]:
     """Average the finished runs of `seeds`, score each and the soup; write the arm's `soup.json`.
 
-    All are scored as they are, without what `after` did to them. `chosen` is what `holdout` prefers. Raises
-    `SetupError` for fewer than two seeds and for a run that is not finished.
+    Each is scored by its weights alone, without averaged views. `chosen` is what `holdout` prefers, of equals
+    the first; the soup comes last. Raises `SetupError` for fewer than two seeds, for a run that is not
+    finished and for one of another configuration.
     """
-    if len(set(seeds)) < 2:
-        raise SetupError(f"a soup needs two runs or more; --seeds gave {list(seeds)}.")
-    files = [_weights(with_fields(config, {"train.seed": seed}), paths) for seed in seeds]
-    setup = prepare(with_fields(config, {"train.seed": seeds[0]}), paths)
+    seeds = list(dict.fromkeys(seeds))
+    if len(seeds) < 2:
+        raise SetupError(f"a soup needs two runs or more; --seeds gave {seeds}.")
+    configs = [with_fields(config, {"train.seed": seed}) for seed in seeds]
+    folders = [_finished_run(config, paths) for config in configs]
+    folder = paths.results / config.arm.capitalize()
+    require_writable(folder)
+    setup = prepare(configs[0], paths)
+    for config in configs:
+        claim_run_folder(replace(setup, config=config))
     data, valid, _ = make_batches(setup)
     model = setup.model.to(setup.device.torch_device)
-    live, states = model.learned_state(), [load_file(file) for file in files]
+    live, states = model.learned_state(), [load_file(run / "model.safetensors") for run in folders]
     predictor = Predictor(model.classify if data.cached else model, setup.device)
+    soup = mean(states)
 
     def score(state: dict) -> dict:
         load(live, state)
@@ -44,21 +53,18 @@ def soup_of_seeds(config: Config, seeds: Sequence[int], paths: Paths) -> tuple[P
             for name, split in (("holdout", data.holdout), ("valid", valid))
         }
 
-    soup = mean(states)
     named = {**{f"seed {seed}": state for seed, state in zip(seeds, states, strict=True)}, "soup": soup}
     scores = {name: score(state) for name, state in named.items()}
     scores["chosen"] = max(named, key=lambda name: scores[name]["holdout"]["accuracy"])
-    folder = paths.results / config.arm.capitalize()
-    require_writable(folder)
     write_json(folder / "soup.json", scores)
     return folder, scores
 
 
-def _weights(config: Config, paths: Paths) -> Path:
-    file = paths.runs / config.run_name / "model.safetensors"
-    if not file.exists():
+def _finished_run(config: Config, paths: Paths) -> Path:
+    folder = paths.runs / config.run_name
+    if missing := [name for name in FINISHED if not (folder / name).exists()]:
         raise SetupError(
-            f"{shown(file)} does not exist: run that seed first, e.g. `python -m src.experiment {config.arm} "
-            f"--profile {config.profile} --seed {config.train.seed}`."
+            f"{shown(folder)} holds no finished run ({missing[0]} is missing): run that seed first, e.g. "
+            f"`python -m src.experiment {config.arm} --profile {config.profile} --seed {config.train.seed}`."
         )
-    return file
+    return folder

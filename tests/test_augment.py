@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from scipy import stats
@@ -14,9 +15,17 @@ from src.data import augment as aug
 
 FILL = (124, 116, 104)
 EVERYTHING = AugmentConfig(
-    flip=0.5, crop_padding=4, crop_scale=(0.5, 1.0), randaugment_ops=2, randaugment_magnitude=9, erasing=0.5
+    flip=0.5,
+    crop_padding=4,
+    crop_scale=(0.5, 1.0),
+    randaugment_ops=2,
+    randaugment_magnitude=9,
+    trivial_augment=True,
+    erasing=0.5,
+    cutout=6,
 )
 SIZES = [(24, 24), (20, 33)]
+RAND, TRIVIAL = v2.RandAugment(), v2.TrivialAugmentWide()
 
 
 def seeded(seed: int = 0) -> torch.Generator:
@@ -46,15 +55,15 @@ def all_codes() -> list[int]:
 # RandAugment
 
 
-def torchvision_v2(image: torch.Tensor, code: int, magnitude: int) -> torch.Tensor:
+def torchvision_v2(transform: v2.Transform, images: torch.Tensor, code: int, magnitude: int) -> torch.Tensor:
+    """What `transform` makes of image(s) when it draws this op, sign and bin."""
     op = tuple(aug.OPS)[code // 2]
-    scale, signed = v2.RandAugment._AUGMENTATION_SPACE[op]
-    levels = scale(31, *image.shape[-2:])
+    scale, signed = transform._AUGMENTATION_SPACE[op]
+    levels = scale(transform.num_magnitude_bins, *images.shape[-2:])
     level = 0.0 if levels is None else float(levels[magnitude]) * (-1 if code % 2 else 1)
     assert signed or code % 2 == 0
-    transform = v2.RandAugment()
     return transform._apply_image_or_video_transform(
-        image, op, level, interpolation=transform.interpolation, fill=transform._fill
+        images, op, level, interpolation=transform.interpolation, fill=transform._fill
     )
 
 
@@ -65,9 +74,11 @@ def torchvision_v1(image: torch.Tensor, code: int, magnitude: int) -> torch.Tens
     return autoaugment._apply_op(image, op, level, transforms.InterpolationMode.NEAREST, None)
 
 
-def test_ops_are_torchvisions():
-    assert set(aug.OPS) == set(v2.RandAugment._AUGMENTATION_SPACE)
-    assert {op for op, (_, signed) in v2.RandAugment._AUGMENTATION_SPACE.items() if signed} == set(aug.SIGNED)
+@pytest.mark.parametrize("transform", [RAND, TRIVIAL])
+def test_ops_are_torchvisions(transform):
+    space = transform._AUGMENTATION_SPACE
+    assert set(aug.OPS) == set(space) and transform.num_magnitude_bins == aug.BINS
+    assert {op for op, (_, signed) in space.items() if signed} == set(aug.SIGNED)
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -80,7 +91,7 @@ def test_every_op_and_sign_equals_torchvision(size, magnitude):
     result = torch.empty_like(batch)
     result[shuffle] = aug.rand_augment(batch[shuffle], batch_codes[shuffle], magnitude)
     for image, code, ours in zip(batch, batch_codes.tolist(), result, strict=True):
-        assert ours.equal(torchvision_v2(image, code, magnitude)), (code, magnitude)
+        assert ours.equal(torchvision_v2(RAND, image, code, magnitude)), (code, magnitude)
 
 
 @pytest.mark.parametrize("size", [*SIZES, (3, 3), (2, 5), (5, 2), (1, 1)])
@@ -128,6 +139,47 @@ def test_slots_draw_their_own_ops():
     for slot in range(2):
         expected = aug.rand_augment(expected, aug.draw_codes(64, generator), 9)
         assert expected.equal((one, two)[slot])
+
+
+# TrivialAugment
+
+
+@pytest.mark.parametrize("size", [*SIZES, (48, 40)])
+def test_every_op_sign_and_bin_equals_torchvision_s_trivial_augment(size):
+    """All of them shuffled into one batch; the largest image is wider than the longest translation."""
+    images, bins = varied_images(*size), torch.arange(31)
+    pairs = torch.cartesian_prod(torch.tensor(all_codes()), bins)
+    batch = images.repeat(len(pairs), 1, 1, 1)
+    codes, bins = pairs.repeat_interleave(len(images), dim=0).unbind(1)
+    before, shuffle = batch.clone(), torch.randperm(len(batch), generator=seeded())
+    result = torch.empty_like(batch)
+    result[shuffle] = aug.trivial_augment(batch[shuffle], codes[shuffle], bins[shuffle])
+    for (code, bin_), ours in zip(pairs.tolist(), result.split(len(images)), strict=True):
+        assert ours.equal(torchvision_v2(TRIVIAL, images, code, bin_)), (code, bin_)
+    assert batch.equal(before)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_a_sample_s_trivial_augment_does_not_depend_on_its_batch(channels):
+    images, codes = random_images(60, channels=channels), aug.draw_codes(60, seeded())
+    bins = torch.randint(31, (60,), generator=seeded(1))
+    batched = aug.trivial_augment(images, codes, bins)
+    rows = [slice(i, i + 1) for i in range(60)]
+    alone = [aug.trivial_augment(images[i], codes[i], bins[i]) for i in rows]
+    assert batched.equal(torch.cat(alone))
+
+
+def test_strengths_are_uniform_whatever_the_op(monkeypatch):
+    drawn = []
+    monkeypatch.setattr(aug, "trivial_augment", lambda images, *draws: drawn.append(draws) or images)
+    images = random_images(1, 1, 1).expand(14_000, -1, -1, -1)
+    aug.augment(images, AugmentConfig(trivial_augment=True), seeded(), FILL)
+    [(codes, bins)] = drawn
+    assert len(codes) == 14_000 and bins.min() == 0 and bins.max() == 30
+    table = torch.bincount(codes // 2 * 31 + bins, minlength=14 * 31)
+    assert len(table) == 14 * 31 and stats.chisquare(table).pvalue > 0.01
+    signs = torch.bincount(codes[codes // 2 == tuple(aug.OPS).index("Rotate")] % 2, minlength=2)
+    assert stats.chisquare(signs).pvalue > 0.01
 
 
 # Crops and flips
@@ -260,6 +312,143 @@ def test_erase_paints_the_box_and_nothing_else(size):
         assert ours.equal(F.erase(image, *box, colour))
 
 
+# Cutout
+
+
+def square_spans(length: int, side: int) -> list[tuple[int, int]]:
+    """First pixel and number of pixels of a square's shadow on an axis, by the pixel of its centre."""
+    spans = []
+    for centre in range(length):
+        inside = [p for p in range(centre - side // 2, centre - side // 2 + side) if 0 <= p < length]
+        spans.append((inside[0], len(inside)))
+    return spans
+
+
+@pytest.mark.parametrize("side", [1, 2, 5, 6])
+def test_cutouts_have_their_centre_anywhere(side):
+    """Every pixel is equally often the centre, the squares cut off at the edges (no centre is ambiguous)."""
+    height, width, n = 7, 9, 63 * 60
+    rows, columns = square_spans(height, side), square_spans(width, side)
+    boxes = aug.draw_cutouts(n, height, width, side, seeded())
+    assert boxes.dtype == torch.int64 and boxes.shape == (n, 4)
+    counts = np.zeros((height, width), int)
+    for top, left, box_height, box_width in boxes.tolist():
+        counts[rows.index((top, box_height)), columns.index((left, box_width))] += 1
+    assert counts.sum() == n and stats.chisquare(counts.ravel()).pvalue > 0.01
+
+
+@pytest.mark.parametrize("side", [2, 8, 12])
+def test_cutout_boxes_are_those_of_its_authors(side):
+    """DeVries & Taylor's code: `clip(y - length // 2, 0, h)` to `clip(y + length // 2, 0, h)`."""
+    boxes = aug.draw_cutouts(500, 20, 33, side, seeded())
+    for length, start, size in zip((20, 33), boxes[:, :2].T, boxes[:, 2:].T, strict=True):
+        theirs = {
+            (int(np.clip(y - side // 2, 0, length)), int(np.clip(y + side // 2, 0, length)))
+            for y in range(length)
+        }
+        assert set(zip(start.tolist(), (start + size).tolist(), strict=True)) == theirs
+
+
+def test_a_cutout_larger_than_the_image_covers_it():
+    assert aug.draw_cutouts(200, 20, 33, 66, seeded()).tolist() == [[0, 0, 20, 33]] * 200
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_cutout_paints_its_square_in_every_image_and_nothing_else(size):
+    images = random_images(200, *size) // 2  # no level of which is as bright as the colour
+    colour = torch.tensor([200, 201, 202], dtype=torch.uint8)[:, None, None]
+    out = aug.augment(images, AugmentConfig(cutout=6), seeded(2), (200, 201, 202))
+    n_painted = []
+    for ours, image, box in zip(
+        out, images, aug.draw_cutouts(200, *size, 6, seeded(2)).tolist(), strict=True
+    ):
+        assert ours.equal(F.erase(image, *box, colour))
+        n_painted.append(int((ours == colour).all(0).sum()))
+    assert min(n_painted) >= 9 and max(n_painted) == 36
+
+
+# Mixing
+
+N_CLASSES = 5
+LABELS = torch.tensor([0, 1, 2, 3, 3, 1])  # an image is mixed with the one before it: 3 with 3 once
+
+
+def mixed_by(config: AugmentConfig, seed: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Six images without equal pixels, and what mixing makes of them and of `LABELS`."""
+    images, labels = torch.randn(6, 3, 16, 20, generator=seeded(4)), LABELS.clone()
+    before = images.clone()
+    torch.manual_seed(seed)
+    mixed, probabilities = aug.mixing(config, N_CLASSES)(images, labels)
+    assert images.equal(before) and labels.equal(LABELS)
+    return images, mixed, probabilities
+
+
+def assert_blended(mixed: torch.Tensor, images: torch.Tensor, share: float) -> None:
+    torch.testing.assert_close(mixed, share * images + (1 - share) * images.roll(1, 0))
+
+
+def assert_labels(probabilities_BK: torch.Tensor, share: float) -> None:
+    """Distributions that give `share` to an image's own class and the rest to the one before it."""
+    own_BK = torch.eye(N_CLASSES)[LABELS]
+    assert_blended(probabilities_BK, own_BK, share)
+    assert (probabilities_BK >= 0).all()
+    torch.testing.assert_close(probabilities_BK.sum(1), torch.ones(6))
+
+
+def test_without_mixup_and_cutmix_nothing_is_mixed():
+    assert aug.mixing(EVERYTHING, N_CLASSES) is None
+
+
+def test_mixup_blends_images_and_labels_alike():
+    """By λ and 1 - λ, λ from Beta(α, α) with the α of the config."""
+    shares = []
+    for seed in range(300):
+        images, mixed, probabilities = mixed_by(AugmentConfig(mixup=0.4), seed)
+        shares.append(probabilities[0, 0].item())
+        assert_blended(mixed, images, shares[-1])
+        assert_labels(probabilities, shares[-1])
+    assert stats.kstest(shares, stats.beta(0.4, 0.4).cdf).pvalue > 0.01
+
+
+def test_cutmix_pastes_a_rectangle_and_labels_follow_its_area():
+    shares = []
+    for seed in range(300):
+        images, mixed, probabilities = mixed_by(AugmentConfig(cutmix=0.4), seed)
+        pasted_BHW = (mixed != images).any(1)
+        assert (pasted_BHW == pasted_BHW[0]).all()
+        assert mixed.equal(torch.where(pasted_BHW[:, None], images.roll(1, 0), images))
+        rows, columns = (pasted_BHW[0].any(axis).nonzero() for axis in (1, 0))
+        area = pasted_BHW[0].sum().item()
+        assert area == 0 or area == (rows[-1] - rows[0] + 1) * (columns[-1] - columns[0] + 1)
+        shares.append(1 - area / (16 * 20))
+        assert_labels(probabilities, shares[-1])
+    torch.manual_seed(0)
+    cutmix = v2.CutMix(alpha=0.4, num_classes=N_CLASSES)
+    theirs = [cutmix(images, LABELS)[1][0, 0].item() for _ in range(3000)]
+    assert stats.ks_2samp(np.round(shares, 5), np.round(theirs, 5)).pvalue > 0.01
+
+
+def test_with_mixup_and_cutmix_each_batch_takes_one_of_them():
+    n_pasted = 0
+    for seed in range(200):
+        images, mixed, probabilities = mixed_by(AugmentConfig(mixup=1.0, cutmix=1.0), seed)
+        share = probabilities[0, 0].item()
+        assert_labels(probabilities, share)
+        if ((mixed == images) | (mixed == images.roll(1, 0))).all():
+            n_pasted += 1
+        else:
+            assert_blended(mixed, images, share)
+    assert stats.binomtest(n_pasted, 200, 0.5).pvalue > 0.01
+
+
+@pytest.mark.parametrize("alphas", [(1.0, 0.0), (0.0, 1.0), (1.0, 1.0)])
+def test_mixing_is_decided_by_torch_s_seed(alphas):
+    config = AugmentConfig(mixup=alphas[0], cutmix=alphas[1])
+    (_, *first), (_, *again), (_, *other) = (mixed_by(config, seed) for seed in (3, 3, 4))
+    assert all(a.equal(b) for a, b in zip(first, again, strict=True))
+    assert not any(a.equal(b) for a, b in zip(first, other, strict=True))
+
+
 # The whole
 
 
@@ -292,14 +481,17 @@ def test_draws_ignore_global_randomness():
     assert state.equal(torch.get_rng_state())
 
 
-def test_order_is_crop_shift_flip_randaugment_erase():
+def test_order_is_crop_shift_flip_randaugment_trivialaugment_erase_cut_out():
     images, generator = random_images(40), seeded(5)
     out = aug.resized_crop(images, aug.draw_crops(40, 24, 24, (0.5, 1.0), generator))
     out = aug.shift(out, torch.randint(9, (40, 2), generator=generator) - 4)
     out = aug.flip(out, torch.rand(40, generator=generator) < 0.5)
     for _ in range(2):
         out = aug.rand_augment(out, aug.draw_codes(40, generator), 9)
+    bins = torch.randint(31, (40,), generator=generator)
+    out = aug.trivial_augment(out, aug.draw_codes(40, generator), bins)
     out = aug.erase(out, aug.draw_erasures(40, 24, 24, 0.5, generator), FILL)
+    out = aug.erase(out, aug.draw_cutouts(40, 24, 24, 6, generator), FILL)
     assert out.equal(aug.augment(images, EVERYTHING, seeded(5), FILL))
 
 
@@ -313,7 +505,7 @@ def test_nothing_reads_the_device():
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_same_on_cuda():
     images = random_images(64)
-    config = AugmentConfig(flip=0.5, crop_padding=4, erasing=0.5)
+    config = AugmentConfig(flip=0.5, crop_padding=4, erasing=0.5, cutout=6)
     expected = aug.augment(images, config, seeded(), FILL)
     assert aug.augment(images.cuda(), config, seeded(), FILL).cpu().equal(expected)
     codes = torch.arange(2 * len(aug.MOVES)).repeat(4)[:32]

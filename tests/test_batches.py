@@ -14,11 +14,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from scipy import stats
 from torchvision.transforms.v2 import functional as F
 
 from src.config import AugmentConfig
 from src.data import batches as batches_module
-from src.data.batches import Batches, Preprocess, derived_seed, to_device
+from src.data.augment import augment
+from src.data.batches import Batches, Preprocess, balanced_order, derived_seed, to_device
 
 CPU = torch.device("cpu")
 PREPROCESS = Preprocess(24, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), "bicubic")
@@ -111,6 +113,135 @@ def test_resident_tensors_give_the_same_batches():
 def test_derived_seeds_depend_on_every_number_and_its_place():
     seeds = [derived_seed(*numbers) for numbers in [(0, 0, 1), (0, 1, 0), (1, 0, 0), (0, 0, 1, 1), (0, 0, 2)]]
     assert len(set(seeds)) == len(seeds) and all(0 <= seed < 2**63 for seed in seeds)
+
+
+# ------------------------------------------------------------------------------------ balanced sampling
+
+
+@st.composite
+def imbalanced(draw) -> tuple[np.ndarray, np.ndarray]:
+    """index_M and labels_M of one to eight classes of unequal size; rows and labels are no places."""
+    counts = draw(st.lists(st.integers(1, 30), min_size=1, max_size=8))
+    order = np.random.default_rng(draw(st.integers(0, 99))).permutation(sum(counts))
+    return 5 * order + 2, np.repeat(np.arange(len(counts)) * 3 + 1, counts)[order]
+
+
+def draws(index_M: np.ndarray, labels_M: np.ndarray, seed: int = 0) -> np.ndarray:
+    return balanced_order(index_M, labels_M, np.random.default_rng(seed))
+
+
+@settings(deadline=None, max_examples=200)
+@given(data=imbalanced(), seed=st.integers(0, 9))
+def test_balanced_order_takes_every_class_equally_often_and_no_image_before_its_turn(data, seed):
+    index_M, labels_M = data
+    before = [array.copy() for array in data]
+    order_M = draws(index_M, labels_M, seed)
+    assert order_M.dtype == index_M.dtype and len(order_M) == len(index_M)
+    label_of = dict(zip(index_M.tolist(), labels_M.tolist(), strict=True))
+    n_drawn = []
+    for label in set(labels_M.tolist()):
+        own = index_M[labels_M == label]
+        drawn = [row for row in order_M.tolist() if label_of[row] == label]
+        n_drawn.append(len(drawn))
+        for start in range(0, len(drawn), len(own)):
+            turn = drawn[start : start + len(own)]
+            assert len(set(turn)) == len(turn)  # all of the class have come before one comes again
+    assert max(n_drawn) - min(n_drawn) <= 1 and sum(n_drawn) == len(order_M)
+    assert all(np.array_equal(*pair) for pair in zip(data, before, strict=True))
+
+
+@settings(deadline=None, max_examples=50)
+@given(n_classes=st.integers(1, 9), n=st.integers(1, 12), seed=st.integers(0, 9))
+def test_balanced_order_of_balanced_data_is_a_permutation(n_classes, n, seed):
+    index_M = np.arange(n_classes * n)[::-1].copy()
+    assert sorted(draws(index_M, index_M % n_classes, seed)) == list(range(n_classes * n))
+
+
+def test_balanced_order_is_decided_by_the_generator():
+    index_M, labels_M = np.arange(60), np.repeat([0, 1, 2], [40, 15, 5])
+    assert np.array_equal(draws(index_M, labels_M), draws(index_M, labels_M))
+    assert len({tuple(draws(index_M, labels_M, seed)) for seed in range(20)}) == 20
+
+
+def test_balanced_order_prefers_no_class_no_image_and_no_place():
+    """17 draws of 3 classes: which two have a draw more, which images come, and where, is left to chance."""
+    index_M, labels_M, n = np.arange(17), np.repeat([0, 1, 2], [12, 4, 1]), 900
+    orders = np.stack([draws(index_M, labels_M, seed) for seed in range(n)])
+    drawn = labels_M[orders]
+    one_less = np.bincount(np.stack([(drawn == label).sum(1) for label in range(3)]).argmin(0), minlength=3)
+    assert stats.chisquare(one_less).pvalue > 0.01
+    of_the_large_class = np.bincount(orders[drawn == 0], minlength=12)
+    assert stats.chisquare(of_the_large_class).pvalue > 0.01
+    for place in (0, 8, 16):
+        assert stats.chisquare(np.bincount(drawn[:, place], minlength=3)).pvalue > 0.01
+    n_same = (drawn[:, 1:] == drawn[:, :-1]).sum()  # neighbours, as often as in any shuffled list
+    assert stats.binomtest(int(n_same), n * 16, (2 * 6 * 5 + 5 * 4) / (17 * 16)).pvalue > 0.001
+
+
+@pytest.mark.parametrize("epoch", [0, 1])
+def test_balanced_batches_of_imbalanced_data(epoch):
+    """32 images of class 0, 7 of class 1, one of class 2: an epoch has as many steps and rows as ever."""
+    rows = np.arange(200, dtype=np.float32)[:, None]
+    labels_N, index_M = np.full(200, 9), np.arange(0, 200, 5)
+    labels_N[index_M] = np.repeat([0, 1, 2], [32, 7, 1])
+    plain = Batches(rows, labels_N, index_M, 16, CPU)
+    balanced = replace(plain, balanced=True)
+    steps = list(balanced.epoch(3, epoch))
+    drawn, labels = (torch.cat(parts) for parts in zip(*steps, strict=True))
+    drawn = drawn[:, 0].long()
+    assert [len(labels_B) for _, labels_B in steps] == [14, 13, 13] and len(balanced) == len(plain) == 3
+    assert labels.equal(torch.from_numpy(labels_N)[drawn]) and set(drawn.tolist()) <= set(index_M.tolist())
+    assert sorted(torch.bincount(labels).tolist()) == [13, 13, 14]
+    assert len(set(drawn.tolist())) >= 13 + 7 + 1
+    again, other = (torch.cat([x for x, _ in balanced.epoch(*key)])[:, 0] for key in ((3, epoch), (4, epoch)))
+    assert drawn.equal(again.long()) and not drawn.equal(other.long())
+    tail = list(balanced.epoch(3, epoch, 1))
+    assert all(
+        a.equal(b)
+        for ours, theirs in zip(steps[1:], tail, strict=True)
+        for a, b in zip(ours, theirs, strict=True)
+    )
+    # `in_order` scores a split: each of its rows once.
+    assert torch.cat([x for x, _ in balanced.in_order()])[:, 0].tolist() == index_M.tolist()
+
+
+def test_balanced_epochs_differ():
+    batches = replace(numbered(40, 8), balanced=True)
+    orders = [torch.cat([x for x, _ in batches.epoch(0, epoch)])[:, 0] for epoch in (0, 1)]
+    assert not orders[0].equal(orders[1])
+
+
+# --------------------------------------------------------------------------------------- augmentation
+
+
+@pytest.mark.parametrize("size", [16, 24, 40])
+def test_an_epoch_at_any_size_augments_the_stored_images_and_then_resizes(size):
+    """Each step with draws of its own; the colour of erased rectangles is what normalises to zero."""
+    batches = augmented()
+    at_size = batches.at_size(size)
+    preprocess = Preprocess(size, PREPROCESS.mean, PREPROCESS.std, PREPROCESS.interpolation)
+    parts = np.array_split(np.random.default_rng([3, 2]).permutation(batches.index_M), len(batches))
+    for step, ((inputs, labels_B), part) in enumerate(zip(at_size.epoch(3, 2), parts, strict=True)):
+        generator = torch.Generator().manual_seed(derived_seed(3, 2, step))
+        images = augment(torch.from_numpy(batches.rows[part]), RECIPE, generator, PREPROCESS.fill)
+        assert inputs.shape[2:] == (size, size) and inputs.equal(preprocess(images))
+        assert labels_B.tolist() == batches.labels_N[part].tolist()
+    stored = torch.cat([inputs for inputs, _ in at_size.in_order()])
+    assert stored.equal(preprocess(torch.from_numpy(batches.rows)))
+    assert batches.preprocess == PREPROCESS  # these stay as they were
+
+
+def test_without_augmentation_an_epoch_gives_the_images_as_they_are():
+    batches = replace(augmented(), augmentation=AugmentConfig())
+    seen, stored = (torch.cat([x for x, _ in steps]) for steps in (batches.epoch(0, 0), batches.in_order()))
+    order_M = np.random.default_rng([0, 0]).permutation(batches.index_M)
+    assert seen.equal(stored[torch.from_numpy(order_M)])
+
+
+def test_features_have_no_size():
+    batches = numbered(10, 5)
+    features = torch.cat([x for x, _ in batches.at_size(48).in_order()])
+    assert features.equal(torch.cat([x for x, _ in batches.in_order()]))
 
 
 # -------------------------------------------------------------------------------------- reading ahead

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import os
 from itertools import chain
 
+import numpy as np
 import pytest
 import tiny
 import torch
@@ -15,12 +17,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision import transforms
 
-from bench import conventional, tables, workload
+from bench import conventional, large_store, scaling, tables, workload
+from bench import input as bench_input
 from bench.pair import Case, spread, take_turns
 from bench.roofline import ADAMW_BYTES, Rates, Tally, count_step
 from src import SetupError
 from src.config import DataConfig
-from src.data.batches import Preprocess
+from src.data.batches import Batches, Preprocess
 from src.data.sources import open_source
 from src.files import write_json
 from src.model.build import gmacs
@@ -395,6 +398,63 @@ def test_a_view_of_a_fresh_product_moves_nothing():
     with Tally() as tally:
         nn.functional.linear(torch.empty(2, 3, 4), torch.empty(5, 4))
     assert len(tally.operations) == 1
+
+
+# ------------------------------------------------------------------------------------------- our input
+
+
+@pytest.fixture
+def seen(monkeypatch) -> list[torch.Tensor]:
+    """The inputs of every epoch of `Batches` that a round goes through."""
+    inputs, epoch = [], Batches.epoch
+
+    def watched(self, *args):
+        for x, labels_B in epoch(self, *args):
+            inputs.append(x)
+            yield x, labels_B
+
+    monkeypatch.setattr(Batches, "epoch", watched)
+    return inputs
+
+
+@pytest.mark.parametrize("what", bench_input.LABELS)
+def test_our_input_is_what_its_label_says(miniature, mini_counts, tmp_path, monkeypatch, seen, what):
+    for module in (workload, bench_input):
+        monkeypatch.setattr(module, "CACHE", tmp_path / "cache" / "bench")
+    folder = str(workload.image_folder(str(miniature.folder(tmp_path / "tiny")), 4, 5, 2))
+    one_round = bench_input.our_input(folder, what)
+    assert all(one_round()["images_per_s"] > 0 for _ in range(2))
+    if what == "decode":
+        assert seen == []
+        return
+    first, second = (sorted(x.double().mean((1, 2, 3)).tolist()) for x in seen)
+    shape, dtype = (
+        ((20, 3, 64, 64), torch.uint8) if what == "train_stored" else ((20, 3, 224, 224), torch.float32)
+    )
+    assert all((x.shape, x.dtype) == (shape, dtype) for x in seen)
+    assert (first == pytest.approx(second, abs=1e-5)) == (what == "plain_224")  # the rest is augmented
+
+
+@pytest.mark.skipif(not hasattr(os, "posix_fadvise"), reason="Linux only")
+@pytest.mark.parametrize(
+    "settings", [{"share": 1.0, "cold": True}, {"share": 1.0}, {"share": 0.5, "augmented": True}]
+)
+def test_a_large_store_is_read_as_asked_for(tmp_path, seen, settings):
+    rows = torch.arange(6, dtype=torch.uint8)[:, None, None, None].expand(6, 3, 288, 288)
+    np.save(tmp_path / "rows.npy", rows.numpy())
+    result = large_store.read(str(tmp_path / "rows.npy"), **settings)()
+    assert all(result[key] > 0 for key in ("images_per_s", "own_gb", "mapped_gb"))
+    [inputs] = seen
+    if "augmented" in settings:
+        assert (inputs.shape, inputs.dtype) == ((3, 3, 288, 288), torch.float32)
+    else:
+        assert sorted(inputs[:, 0, 0, 0].tolist()) == list(range(6)) and inputs.dtype == torch.uint8
+
+
+def test_input_grows_with_the_resolution(seen):
+    assert scaling.resolution(16, "anywhere")()["seconds"] > 0
+    assert sum(map(len, seen)) == 512
+    assert all((x.shape[1:], x.dtype) == ((3, 16, 16), torch.float32) for x in seen)
 
 
 # ------------------------------------------------------------------------------------------------ tables

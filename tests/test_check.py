@@ -8,8 +8,12 @@ import nbformat
 import pandas as pd
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
+from test_ablation import made_up
 
+from src.ablation import grid, read_table, write_words
+from src.config import CHOICES
 from src.evaluate import compare, score
+from src.report import write_csv
 from tools import check, readme
 
 URL = "https://github.com/someone/thing"
@@ -23,6 +27,8 @@ git clone {URL}.git
 ```
 <!-- results:begin -->
 <!-- results:end -->
+<!-- ablation:begin -->
+<!-- ablation:end -->
 <!-- speed:begin -->
 <!-- speed:end -->
 """
@@ -33,7 +39,7 @@ def repo(tmp_path: Path) -> Path:
     """A sound miniature repository with one notebook and one arm's results."""
     subprocess.run(["git", "init", "--quiet", str(tmp_path)], check=True)
     files = {
-        "Makefile": "quick:  ## run\n\techo\nbench:  ## time\n\techo\n",
+        "Makefile": "".join(f"{target}:  ## do\n\techo\n" for target in ("quick", "bench", "ablation")),
         "LICENSE": "MIT\n",
         "CITATION.cff": f'repository-code: "{URL}"\n',
         "src/__init__.py": "",
@@ -201,6 +207,111 @@ def test_comparison(repo):
     assert check.results(repo) == []
     edit(folder / "comparison.json", '"only_b_correct": 1', '"only_b_correct": 2')
     assert check.results(repo) == ["results/comparison.json: only_b_correct is 2, the predictions give 1"]
+
+
+@pytest.fixture
+def ablated(repo) -> Path:
+    """The sound repository with an ablation, its summary and its table in the README."""
+    folder = repo / "results" / "ablation"
+    folder.mkdir()
+    write_csv(made_up(), folder / "ablation.csv")
+    write_words(folder, read_table(folder))
+    write(repo / "README.md", readme.rewritten((repo / "README.md").read_text(encoding="utf-8"), repo))
+    return folder
+
+
+def test_a_sound_ablation_passes(ablated, repo, capsys):
+    assert check.main(repo) == 0, capsys.readouterr().out
+    assert "not run yet" not in (repo / "README.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("name", ["summary.csv", "summary.md"])
+@pytest.mark.parametrize("fault", ["edited", "missing"])
+def test_an_ablation_s_summary_is_that_of_its_rows(ablated, repo, name, fault):
+    assert check.ablation(repo) == []
+    if fault == "missing":
+        (ablated / name).unlink()
+    else:
+        edit(ablated / name, "cannot be told apart from noise", "helps")
+    failures = check.ablation(repo)
+    assert len(failures) == 1 and failures[0].startswith(f"results/ablation/{name}: ")
+    assert "run `make readme`" in failures[0]
+
+
+def test_an_ablation_with_other_rows_than_its_summary(ablated, repo):
+    table = read_table(ablated)
+    table.loc[5, "valid_accuracy"] += 0.001
+    write_csv(table, ablated / "ablation.csv")
+    assert len(check.ablation(repo)) == 2
+    write_csv(table[:0], ablated / "ablation.csv")
+    assert check.ablation(repo) == ["results/ablation/ablation.csv: has no rows; run `make ablation`"]
+
+
+def test_a_damaged_ablation_is_a_failure_not_a_crash(ablated, repo, capsys):
+    write_csv(read_table(ablated).drop(columns="valid_loss"), ablated / "ablation.csv")
+    assert check.main(repo) == 1
+    assert "could not be checked: 'valid_loss'" in capsys.readouterr().out
+
+
+def test_the_remedy_mends_summary_and_readme(ablated, repo, monkeypatch):
+    table = read_table(ablated)
+    table.loc[5, "valid_accuracy"] += 0.1
+    write_csv(table, ablated / "ablation.csv")
+    monkeypatch.delitem(readme.PAGES, "bench/README.md")
+    before = (repo / "README.md").read_text(encoding="utf-8")
+    assert check.ablation(repo)
+    assert readme.main(repo) == 0
+    assert check.ablation(repo) == check.readme_numbers(repo) == []
+    assert (repo / "README.md").read_text(encoding="utf-8") != before
+    assert (ablated / "ablation.png").exists()
+
+
+def test_the_readme_s_ablation_has_a_line_a_row(ablated, repo):
+    lines = readme.ablation(repo).splitlines()
+    assert lines[0] == "| row | valid | difference | verdict |"
+    assert [line.split(" | ")[0].removeprefix("| ") for line in lines[2:]] == [row.name for row in grid()]
+    edit(repo / "README.md", lines[4], lines[5])
+    assert check.readme_numbers(repo)
+
+
+def test_an_ablation_that_has_not_run_says_how_to(repo):
+    assert readme.ablation(repo) == "not run yet: `make ablation`"
+    assert "<!-- ablation:begin -->\nnot run yet" in (repo / "README.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("trainable", "said"),
+    [
+        ("none", "(frozen)"),
+        ("last_stage", "(last stage trained)"),
+        ("last_two_blocks", "(last two blocks trained)"),
+        ("all", "(all layers trained)"),
+    ],
+)
+def test_the_readme_names_what_was_trained(repo, trainable, said):
+    assert trainable in CHOICES["model.trainable"]
+    edit(repo / "results/Baseline/metrics.json", '"trainable": "none"', f'"trainable": "{trainable}"')
+    assert f"`b` {said} | 96 px |" in readme.results(repo)
+
+
+def test_the_readme_names_every_part_that_can_be_trained():
+    assert readme.TRAINED.keys() == set(CHOICES["model.trainable"])
+
+
+def test_the_readme_says_where_prediction_is_larger(repo):
+    path = repo / "results/Baseline/metrics.json"
+    edit(path, '"image_size": 96', '"image_size": 96, "test_size": 96')
+    assert "| 96 px |" in readme.results(repo)
+    edit(path, '"test_size": 96', '"test_size": 128')
+    assert "| 96 px, tested at 128 px |" in readme.results(repo)
+
+
+def test_the_readme_shows_the_best_arm_where_there_is_one(repo):
+    assert "Best" not in readme.results(repo)
+    text = (repo / "results/Baseline/metrics.json").read_text(encoding="utf-8")
+    write(repo / "results/Best/metrics.json", text.replace('"arm": "baseline"', '"arm": "best"'))
+    lines = readme.results(repo).splitlines()
+    assert [line.split(" | ")[0] for line in lines[-2:]] == ["| **Baseline, here**", "| **Best, here**"]
 
 
 def test_sizes(repo, monkeypatch):

@@ -2,23 +2,34 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from src import SetupError
 from src.config import (
+    AS_RUN_BASELINE,
+    AS_RUN_IMPROVEMENT,
     BASELINE,
+    CHOICES,
     IMPROVEMENT,
     PRESETS,
     PROFILES,
+    RANGES,
+    AfterConfig,
     AugmentConfig,
     Config,
+    ModelConfig,
+    TrainConfig,
     differences,
     field_names,
     from_dict,
     get,
     preset,
+    probe_of,
     to_dict,
     with_fields,
 )
@@ -26,10 +37,48 @@ from src.config import (
 EVERY_RUN = [(arm, profile) for arm in PRESETS for profile in PROFILES]
 
 
+def changed(name: str) -> Config:
+    """The baseline with another, allowed value in one field."""
+    now = get(BASELINE, name)
+    if name in CHOICES:
+        values = CHOICES[name]
+    elif name in RANGES:
+        values = (64, *RANGES[name], 0.5)
+    else:
+        values = {bool: (True, False), str: ("other",), int: (7,), tuple: ((0.25, 0.75),)}[type(now)]
+    for value in values:
+        try:
+            config = with_fields(BASELINE, {name: value})
+        except SetupError:
+            continue
+        if get(config, name) != now:
+            return config
+    raise AssertionError(name)
+
+
 @pytest.mark.parametrize(("arm", "profile"), EVERY_RUN)
 def test_json_round_trip(arm, profile):
     config = preset(arm, profile, {"augment.crop_scale": (0.25, 0.75), "train.seed": 7})
     assert from_dict(json.loads(json.dumps(to_dict(config)))) == config
+
+
+def test_every_field_goes_to_json_and_back():
+    """Alone in another value: it is that field which differs, and it comes back as it was."""
+    for name in field_names():
+        config = changed(name)
+        again = from_dict(json.loads(json.dumps(to_dict(config))))
+        assert again == config != BASELINE, name
+        [line] = differences(to_dict(config), to_dict(BASELINE))
+        assert line.startswith(f"{name}: ")
+
+
+def test_every_number_has_a_range_and_every_name_its_choices():
+    """What is free: where data and weights are, what is hashed; a pair has a check of its own."""
+    free = {"data.path", "data.split_seed", "model.backbone", "model.weights", "augment.crop_scale"}
+    bounded = {name for name in field_names() if not isinstance(get(BASELINE, name), bool)}
+    assert CHOICES.keys() | RANGES.keys() == bounded - free
+    for name, (low, high) in RANGES.items():
+        assert low <= get(BASELINE, name) <= high
 
 
 @pytest.mark.parametrize(("arm", "profile"), EVERY_RUN)
@@ -59,6 +108,18 @@ def test_presets_are_the_methods_of_the_study():
     model = IMPROVEMENT.model
     assert (model.trainable, model.head, model.dropout) == ("all", "attention", 0.2)
     assert (IMPROVEMENT.optim.schedule, IMPROVEMENT.augment.randaugment_ops) == ("cosine", 2)
+
+
+def test_presets_as_run_are_what_the_notebooks_ran():
+    """Two pretrained weights, small batches, and a head that reads one token."""
+    a, b = AS_RUN_BASELINE, AS_RUN_IMPROVEMENT
+    assert (a.model.backbone, b.model.backbone) == ("convnext_tiny.in12k_ft_in1k", "convnext_tiny.fb_in1k")
+    assert (a.model.trainable, a.model.head, b.model.trainable, b.model.head) == (
+        "none", "plain", "last_stage", "as_run",
+    )  # fmt: skip
+    assert a.train.batch_size == b.train.batch_size == 32
+    assert a.augment.is_identity and b.augment.flip == 0
+    assert (a.caches_features, b.caches_features) == (True, False)
 
 
 def test_field_names_cover_every_field_once():
@@ -123,12 +184,61 @@ def test_strings_are_read_as_the_field_s_type(name, text, value):
         ("model.trainable", "head"),
         ("optim.schedule", "step"),
         ("train.monitor", "f1"),
+        ("data.fit_per_class", -1),
+        ("data.imbalance", 0.5),
+        ("data.sampling", "random"),
+        ("augment.trivial_augment", "twice"),
+        ("augment.cutout", -1),
+        ("augment.mixup", -0.1),
+        ("augment.cutmix", "nan"),
+        ("model.test_size", 31),
+        ("model.test_size", 2048),
+        ("model.head_init_scale", -1),
+        ("model.drop_path", 1.0),
+        ("model.attention_layers", 0),
+        ("model.attention_heads", 0),
+        ("model.attention_gate", "inf"),
+        ("model.class_queries", 2),
+        ("optim.layer_decay", 0),
+        ("optim.layer_decay", 1.01),
+        ("optim.class_weights", "some"),
+        ("optim.l2_sp", -1),
+        ("train.micro_batch", -1),
+        ("train.start_size", 31),
+        ("train.start_size", 225),
+        ("train.ema_decay", 1),
+        ("train.ema_decay", -0.1),
+        ("train.probe_epochs", 0),
+        ("after.soup_epochs", -1),
+        ("after.wise_ft", "perhaps"),
+        ("after.tta", "five_crop"),
+        ("after.temperature", 1.5),
     ],
 )
 def test_wrong_value_is_named(name, value):
     with pytest.raises(SetupError, match=name.replace(".", r"\.")) as caught:
         with_fields(BASELINE, {name: value})
     assert len(str(caught.value)) < 400
+
+
+@pytest.mark.parametrize("head", CHOICES["model.head"])
+@pytest.mark.parametrize("head_init", CHOICES["model.head_init"])
+def test_a_head_with_new_layers_before_its_classifier_starts_at_random(head, head_init):
+    changes = {"model.head": head, "model.head_init": head_init}
+    if head in ("mlp", "as_run") and head_init != "random":
+        with pytest.raises(SetupError, match=f"model.head = '{head}'.*head_init must be random.*{head_init}"):
+            with_fields(BASELINE, changes)
+    else:
+        assert with_fields(BASELINE, changes).model.head_init == head_init
+
+
+def test_sizes_grow_but_never_shrink():
+    largest = with_fields(BASELINE, {"train.start_size": 224})
+    assert largest.train.start_size == largest.model.image_size
+    with pytest.raises(SetupError, match="train.start_size = 225 is larger than model.image_size = 224"):
+        with_fields(BASELINE, {"train.start_size": 225})
+    with pytest.raises(SetupError, match="train.start_size = 128 is larger than model.image_size = 96"):
+        Config("best", model=ModelConfig(image_size=96), train=TrainConfig(start_size=128))
 
 
 @pytest.mark.parametrize("name", ["train.epoch", "train", "train.seed.more", "trian.seed", "", "a.b.c"])
@@ -186,7 +296,102 @@ def test_run_names_keep_runs_apart():
 
 
 def test_identity_augmentation_is_recognised():
+    """Every field of it changes an image, but for the magnitude of ops that are not there."""
     assert AugmentConfig().is_identity and AugmentConfig(randaugment_magnitude=3).is_identity
-    changes = {"flip": 0.5, "randaugment_ops": 1, "erasing": 0.1, "crop_padding": 4, "crop_scale": (0.5, 1)}
-    for name, value in changes.items():
-        assert not AugmentConfig(**{name: value}).is_identity
+    for field in dataclasses.fields(AugmentConfig):
+        augment = changed(f"augment.{field.name}").augment
+        assert augment.is_identity == (field.name == "randaugment_magnitude"), field.name
+    assert not AugmentConfig(randaugment_magnitude=3, flip=0.5).is_identity
+
+
+# ------------------------------------------------------------------------------------ derived from fields
+
+
+def test_features_are_cached_where_every_epoch_shows_a_frozen_backbone_the_same_images():
+    """Of all fields changed alone, these are the ones that end it."""
+    assert BASELINE.caches_features
+    ending = {name for name in field_names() if not changed(name).caches_features}
+    images = {f"augment.{field.name}" for field in dataclasses.fields(AugmentConfig)}
+    assert ending == (images - {"augment.randaugment_magnitude"}) | {
+        "model.trainable", "model.scra", "model.test_size",
+        "train.start_size", "train.cache_features", "after.tta",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("changes", "cached"),
+    [
+        ({"model.test_size": 224}, True),  # the size of training
+        ({"model.trainable": "last_two_blocks"}, False),
+        ({"after.tta": "ten_crop"}, False),
+        ({"model.head": "mlp", "model.dropout": 0.5, "model.drop_path": 0.5}, True),
+        ({"after.soup_epochs": 3, "after.wise_ft": True, "after.temperature": True}, True),
+        ({"train.ema_decay": 0.9, "optim.class_weights": True, "data.sampling": "balanced"}, True),
+    ],
+)
+def test_features_are_cached_or_not(changes, cached):
+    assert with_fields(BASELINE, changes).caches_features == cached
+
+
+def test_prediction_has_the_size_of_training_unless_it_is_given():
+    assert ModelConfig(image_size=96).predicts_at == 96
+    assert ModelConfig(image_size=96, test_size=128).predicts_at == 128
+
+
+@given(epochs=st.integers(1, 60), sizes=st.tuples(st.integers(32, 512), st.integers(32, 512)))
+def test_sizes_grow_evenly_to_a_last_third_at_full_size(epochs, sizes):
+    first, last = sorted(sizes)
+    config = Config(
+        "best",
+        model=ModelConfig(image_size=last),
+        train=TrainConfig(epochs=epochs, start_size=first),
+    )
+    sides = [config.size_at(epoch) for epoch in range(epochs)]
+    n_last = max(1, epochs // 3)
+    assert sides[-n_last:] == n_last * [last]
+    assert sides == sorted(sides)
+    assert all(side % 32 == 0 or side == last for side in sides)
+    growing = epochs - n_last
+    for epoch, side in enumerate(sides[:growing]):
+        line = first + (last - first) * epoch / growing
+        assert side == last or abs(side - line) <= 16  # the nearest multiple of 32
+        assert side <= last
+    if growing and first % 32 == 0:
+        assert sides[0] == first
+
+
+@given(epochs=st.integers(1, 60), size=st.integers(32, 512))
+def test_sizes_stay_where_they_need_not_grow(epochs, size):
+    config = Config("best", model=ModelConfig(image_size=size), train=TrainConfig(epochs=epochs))
+    assert {config.size_at(epoch) for epoch in range(epochs)} == {size}
+
+
+def test_sizes_by_hand():
+    config = with_fields(BASELINE, {"train.start_size": 128, "train.epochs": 9})
+    assert [config.size_at(epoch) for epoch in range(9)] == [128, 128, 160, 192, 192, 192, 224, 224, 224]
+
+
+@pytest.mark.parametrize("arm", PRESETS)
+def test_the_probe_is_a_plain_frozen_linear_classifier(arm):
+    """Whatever else the run that asks for it has."""
+    changes = {
+        "data.source": "digits", "data.fit_per_class": 7, "data.sampling": "balanced",
+        "augment.flip": 0.5, "augment.mixup": 0.4, "augment.trivial_augment": True,
+        "model.backbone": "some.tag", "model.weights": "some.file", "model.image_size": 96,
+        "model.test_size": 128, "model.head": "attention", "model.head_init": "probe",
+        "model.head_init_scale": 0.1, "model.trainable": "all", "model.scra": True, "model.dropout": 0.3,
+        "model.drop_path": 0.2, "model.attention_layers": 2, "optim.lr": 3e-4, "optim.head_lr": 0.5,
+        "optim.class_weights": True, "optim.l2_sp": 1.0, "optim.label_smoothing": 0.1,
+        "train.epochs": 30, "train.probe_epochs": 4, "train.seed": 9, "train.start_size": 32,
+        "train.ema_decay": 0.99, "train.compile": True, "train.grad_checkpointing": True,
+        "train.monitor": "accuracy", "after.soup_epochs": 2, "after.wise_ft": True, "after.tta": "flip",
+        "after.temperature": True,
+    }  # fmt: skip
+    config = with_fields(PRESETS[arm], changes)
+    probe = probe_of(config)
+    assert probe.model == ModelConfig("some.tag", "some.file", 96, trainable="none", head="plain")
+    assert probe.augment == AugmentConfig() and probe.after == AfterConfig()
+    assert probe.optim == BASELINE.optim and probe.data == config.data
+    assert probe.train == dataclasses.replace(BASELINE.train, epochs=4, seed=9)
+    assert probe.caches_features and (probe.arm, probe.profile) == (config.arm, config.profile)
+    assert config == with_fields(PRESETS[arm], changes)

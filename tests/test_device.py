@@ -48,6 +48,26 @@ def test_micro_batch_shrinks_with_memory_and_image_size_and_stays_in_the_batch(m
     assert choose_device(224, 48).micro_batch == 48
 
 
+@pytest.mark.parametrize(
+    ("asked", "batch_size", "got"), [(0, 128, 64), (7, 128, 7), (100, 128, 100), (100, 48, 48)]
+)
+def test_images_per_pass_can_be_set_on_the_cpu(monkeypatch, asked, batch_size, got):
+    """At most the batch, and no others than those asked for; prediction takes no notice."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    chosen = choose_device(96, batch_size, asked)
+    assert (chosen.micro_batch, chosen.eval_batch) == (got, 128)
+    if asked == 0:
+        assert chosen == choose_device(96, batch_size)
+
+
+@pytest.mark.parametrize(("asked", "got"), [(0, 32), (4, 4), (50, 50), (500, 128)])
+def test_images_per_pass_can_be_set_on_a_gpu(monkeypatch, asked, got):
+    """Also to more than are thought to fit: who asks knows better."""
+    pretend(monkeypatch, "small", 4, False)
+    chosen = choose_device(224, 128, asked)
+    assert chosen.micro_batch == got and chosen.eval_batch == choose_device(224, 128).eval_batch
+
+
 def test_memory_is_in_gigabytes():
     tensor = torch.ones(25_000_000)
     peak = device.peak_memory_gb(torch.device("cpu"))

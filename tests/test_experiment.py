@@ -15,8 +15,10 @@ import tiny
 import torch
 from conftest import MINI_COUNTS, MINI_WNIDS, encode, noise
 from PIL import Image
+from safetensors.torch import load_file
 
 from src import SetupError, checkpoint, experiment, train
+from src.average import copied
 from src.config import preset, with_fields
 from src.data import sources
 from src.data.batches import Batches
@@ -28,10 +30,11 @@ from src.experiment import (
     make_batches,
     prepare,
     run,
+    start_from_probe,
     train_and_predict,
 )
 from src.files import read_json
-from src.model.build import Classifier
+from src.model.build import Classifier, gmacs
 from src.train import Trainer
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -49,13 +52,16 @@ def weights(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def pets(tmp_path_factory) -> Path:
-    """Own images: two classes of 12 for train and 4 for valid."""
-    folder = tmp_path_factory.mktemp("data") / "pets"
+    return write_pets(tmp_path_factory.mktemp("data") / "pets")
+
+
+def write_pets(folder: Path, first: int = 0) -> Path:
+    """Own images: two classes of 12 for train and 4 for valid; another `first` gives other images."""
     for number, name in enumerate(("cat", "dog")):
         for split, n in (("train", 12), ("valid", 4)):
             (folder / split / name).mkdir(parents=True)
             for i in range(n):
-                image = noise(1000 * number + 100 * (split == "valid") + i, (40, 40))
+                image = noise(first + 1000 * number + 100 * (split == "valid") + i, (40, 40))
                 (folder / split / name / f"{i}.png").write_bytes(encode(image))
     return folder
 
@@ -148,8 +154,6 @@ def test_metrics_are_those_of_the_csv(both_arms, arm):
 
 def test_predictions_are_the_saved_model_s(both_arms, weights):
     """The CSV is what the best weights say of valid, row by row, computed here from the stored pieces."""
-    from safetensors.torch import load_file
-
     from src.data.store import load_store
 
     folder, _ = both_arms
@@ -245,7 +249,9 @@ def test_features_are_computed_once_and_anew_for_other_weights(pets, weights, tm
 
 def test_a_batch_of_cached_features_takes_one_pass(pets, weights, tmp_path, monkeypatch):
     """Images go through the model in parts that fit; features are small."""
-    monkeypatch.setattr(experiment, "choose_device", lambda *_: tiny.device(micro_batch=2))
+    monkeypatch.setattr(
+        experiment, "choose_device", lambda size, batch, micro_batch: tiny.device(micro_batch or 2)
+    )
     uncached = {
         "not cached": {"train__cache_features": False},
         "augmented": {"augment__flip": 0.5},
@@ -258,6 +264,8 @@ def test_a_batch_of_cached_features_takes_one_pass(pets, weights, tmp_path, monk
     improvement = own(pets, weights, "improvement")
     assert not improvement.caches_features
     assert prepare(improvement, paths(tmp_path)).device.micro_batch == 2
+    asked_for = with_fields(improvement, {"train.micro_batch": 3})
+    assert prepare(asked_for, paths(tmp_path)).device.micro_batch == 3
 
     passes, original = [], Classifier.classify
     monkeypatch.setattr(
@@ -289,15 +297,124 @@ def test_valid_is_scored_once_and_trained_on_never(pets, weights, tmp_path, monk
     monkeypatch.setattr(experiment, "fit", lambda *a: (original_fit(*a), fitted.append(len(taken)))[0])
     setup = trained(own(pets, weights, data__protocol=protocol), tmp_path)
     in_training, after = np.concatenate(taken[: fitted[0]]), np.concatenate(taken[fitted[0] :])
-    valid = setup.splits.valid_N
-    assert len(valid) == 8 and after.tolist() == valid.tolist()
-    epochs = 2
+    valid, epochs = setup.splits.valid_N, 2
+    assert len(valid) == 8 and after[-8:].tolist() == valid.tolist()
+    assert np.isin(after[:-8], setup.splits.holdout_N).all()  # what comes after is chosen there, too
     if protocol == "holdout":
-        assert not np.isin(in_training, valid).any()
+        assert not np.isin(in_training, valid).any() and not np.isin(after[:-8], valid).any()
         assert len(in_training) == epochs * 24
     else:  # chosen on valid, as the study did: once an epoch, and all of train is trained on
         assert np.isin(in_training, valid).sum() == epochs * 8
         assert len(in_training) == epochs * (24 + 8)
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.25])
+def test_lp_ft_starts_from_the_classifier_that_the_baseline_trains(pets, weights, tmp_path, scale):
+    """The probe is a run of the baseline as written, `probe_epochs` long; nothing of the recipe is in it."""
+    as_written = {"train__batch_size": 128, "optim__head_lr": 1e-3}
+    baseline = trained(own(pets, weights, "baseline", train__epochs=3, **as_written), tmp_path / "baseline")
+    config = own(pets, weights, model__head_init="probe", model__head_init_scale=scale, train__probe_epochs=3)
+    setup = prepare(config, paths(tmp_path))
+    before = setup.model.classifier.weight.detach().clone()
+    seconds = start_from_probe(setup)
+    expected = load_file(baseline.run_folder / "model.safetensors")
+    assert read_json(baseline.run_folder / "facts.json")["epochs"] == 3 and seconds > 0
+    assert not torch.equal(before, setup.model.classifier.weight)
+    for name, tensor in setup.model.classifier.state_dict().items():
+        torch.testing.assert_close(tensor, scale * expected[f"classifier.{name}"], rtol=1e-6, atol=0)
+    assert checkpoint.load_newest(setup.run_folder / "probe")["progress"]["epoch"] == 3
+
+
+def test_training_begins_where_the_probe_ended(pets, weights, tmp_path, monkeypatch):
+    """After the model is built and before its first step, in time that the run is charged for."""
+    seen, original = [], experiment.fit
+    monkeypatch.setattr(
+        experiment, "fit", lambda model, *a: (seen.append(copied(model.state_dict())), original(model, *a))[1]
+    )
+    setup = trained(own(pets, weights, model__head_init="probe", train__probe_epochs=2), tmp_path)
+    assert len(seen) == 2  # the probe's start, and the run's
+    probe = checkpoint.load_newest(setup.run_folder / "probe")["best"]
+    assert torch.equal(seen[1]["classifier.weight"], probe["classifier.weight"])
+    assert not torch.equal(seen[0]["classifier.weight"], probe["classifier.weight"])
+    facts = read_json(setup.run_folder / "facts.json")["seconds"]
+    assert facts["probe"] > 0 and facts["total"] > facts["probe"] + sum(facts["epochs"])
+
+
+@pytest.mark.parametrize("epoch_ends", [1, 3], ids=["in the probe", "after it"])
+def test_lp_ft_cut_off_goes_on_to_the_same_result(pets, weights, tmp_path, monkeypatch, epoch_ends):
+    config = own(pets, weights, model__head_init="probe", train__probe_epochs=2)
+    expected = trained(config, tmp_path / "whole").run_folder
+    ends, original = [], Trainer.end_epoch
+
+    def end_epoch(self):
+        original(self)
+        ends.append(1)
+        if len(ends) == epoch_ends:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Trainer, "end_epoch", end_epoch)
+    with pytest.raises(KeyboardInterrupt):
+        trained(config, tmp_path / "cut")
+    found = trained(config, tmp_path / "cut").run_folder
+    assert len(ends) == 4  # two epochs of each, none of them twice
+    assert np.array_equal(*(np.load(folder / "valid_logits.npy") for folder in (found, expected)))
+    assert read_json(found / "history.json") == read_json(expected / "history.json")
+
+
+def test_the_saved_model_is_the_one_that_predicts(pets, weights, tmp_path):
+    """Whatever comes after training is kept or not: weights, temperature and logits belong together."""
+    for name, after in {
+        "weights": {"after__soup_epochs": 2, "after__wise_ft": True, "after__temperature": True},
+        "plain": {},
+    }.items():
+        setup = trained(own(pets, weights, train__epochs=3, optim__lr=1e-3, **after), tmp_path / name)
+        facts = read_json(setup.run_folder / "facts.json")
+        assert [step["step"].split()[0] for step in facts["after"]] == (
+            ["soup", *9 * ["WiSE-FT"], "temperature"] if after else []
+        )
+        assert (facts["temperature"] != 1) == bool(after)
+        built = tiny.build(tmp_path, ("cat", "dog"), head="attention", weights=str(weights))
+        built.model.load_state_dict(load_file(setup.run_folder / "model.safetensors"))
+        for split, rows_N in (("holdout", setup.splits.holdout_N), ("valid", setup.splits.valid_N)):
+            with torch.no_grad():
+                images = built.preprocess(torch.from_numpy(setup.store.images[rows_N]))
+                logits_NK = built.model.eval()(images) / facts["temperature"]
+            written = np.load(setup.run_folder / f"{split}_logits.npy")
+            np.testing.assert_allclose(written, logits_NK, atol=1e-4)
+
+
+def test_images_are_larger_in_prediction_alone(pets, weights, tmp_path):
+    config = own(pets, weights, model__test_size=96, data__sampling="balanced")
+    assert not own(pets, weights, "baseline", model__test_size=96).caches_features
+    setup = prepare(config, paths(tmp_path))
+    data, valid, _ = make_batches(setup)
+    sides = [next(iter(part.in_order()))[0].shape[-1] for part in (data.fit, data.holdout, valid)]
+    assert sides == [tiny.SIZE, 96, 96]
+    assert [part.balanced for part in (data.fit, data.holdout, valid)] == [True, False, False]
+    assert [part.augmentation == config.augment for part in (data.fit, data.holdout, valid)] == [
+        True, False, False,
+    ]  # fmt: skip
+    setup = trained(config, tmp_path)
+    facts = read_json(setup.run_folder / "facts.json")
+    assert (facts["image_size"], facts["test_size"]) == (tiny.SIZE, 96)
+    assert facts["gflops"] == pytest.approx(gmacs(setup.model, 96), abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("arm", "head", "trainable"),
+    [("as_run_baseline", "plain", "none"), ("as_run_improvement", "as_run", "last_stage")],
+)
+def test_what_the_study_ran_runs(pets, weights, tmp_path, capsys, arm, head, trainable):
+    assert main(arguments(tmp_path, arm, pets, small(weights))) == 0
+    folder = tmp_path / "results" / arm.capitalize()
+    assert {path.name for path in folder.iterdir()} == {f"{arm}_{name}" for name in FILES} | {"metrics.json"}
+    metrics = read_json(folder / "metrics.json")
+    model = metrics["config"]["model"]
+    assert (metrics["arm"], model["head"], model["trainable"], metrics["n"]) == (arm, head, trainable, 8)
+    assert 0 < metrics["trainable_parameters"] < metrics["parameters"]
+    header, line = capsys.readouterr().out.splitlines()[-2:]
+    assert line.startswith(f"{arm} ")
+    assert header.index("accuracy") + len("accuracy") == line.index("%") + 1
 
 
 def test_libraries_of_the_report_wait_for_it():

@@ -13,14 +13,15 @@ from src import SetupError
 from src.config import DataConfig
 from src.data.sources import ImageFolder, ParquetFolder, TinyImageNetFolder, TinyImageNetZip
 from src.data.splits import make_splits
-from src.data.store import open_store
+from src.data.store import Store, open_store
 
 CONFIG = DataConfig(holdout_per_class=3)
 
 
-@pytest.fixture
-def store(miniature, tmp_path):
-    return open_store(ParquetFolder(miniature.parquet(tmp_path / "p"), MINI_COUNTS), tmp_path, 16)
+@pytest.fixture(scope="module")
+def store(miniature, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("store")
+    return open_store(ParquetFolder(miniature.parquet(folder / "p"), MINI_COUNTS), folder, 16)
 
 
 def test_holdout_is_exact_and_disjoint(store):
@@ -61,7 +62,8 @@ def test_holdout_is_spread_over_the_files(miniature, tmp_path):
     assert min(numbers) < 3 and max(numbers) > 8 and len(set(numbers)) > 6
 
 
-def test_layouts_split_alike(miniature, tmp_path):
+@pytest.mark.parametrize("config", [CONFIG, replace(CONFIG, fit_per_class=7, imbalance=3.0)])
+def test_layouts_split_alike(miniature, tmp_path, config):
     layouts = [
         ParquetFolder(miniature.parquet(tmp_path / "p"), MINI_COUNTS),
         TinyImageNetFolder(miniature.folder(tmp_path / "f"), MINI_COUNTS),
@@ -70,13 +72,111 @@ def test_layouts_split_alike(miniature, tmp_path):
     saved = []
     for source in layouts:
         store = open_store(source, tmp_path, 16)
-        splits = make_splits(store, CONFIG)
+        splits = make_splits(store, config)
         splits.save(tmp_path / "splits.json")
         saved.append((tmp_path / "splits.json").read_text())
         for rows_N in (splits.fit_N, splits.holdout_N, splits.valid_N):
             pairs = list(zip(store.labels_N[rows_N], store.digests_N[rows_N], strict=True))
             assert pairs == sorted(pairs)
     assert saved[0] == saved[1] == saved[2]
+
+
+# Fewer images to train on
+
+
+def counts(store: Store, config: DataConfig) -> list[int]:
+    """Images to train on, by class; `holdout` and `valid` must be what they are without thinning."""
+    splits, whole = (make_splits(store, c) for c in (config, replace(config, fit_per_class=0, imbalance=1.0)))
+    assert (splits.holdout_N == whole.holdout_N).all() and (splits.valid_N == whole.valid_N).all()
+    assert splits.fit_N.dtype == np.int64
+    assert splits.fit_N.tolist() == [row for row in whole.fit_N if row in splits.fit_N]  # in the same order
+    assert len(splits.fit_N) == len(set(splits.fit_N))
+    return np.bincount(store.labels_N[splits.fit_N], minlength=len(store.wnids)).tolist()
+
+
+@pytest.mark.parametrize(("protocol", "n"), [("holdout", 9), ("published", 12)])
+def test_fit_per_class_keeps_so_many(store, protocol, n):
+    for wanted in (1, 5, n, n + 1, 500):
+        config = replace(CONFIG, protocol=protocol, fit_per_class=wanted)
+        assert counts(store, config) == [min(wanted, n)] * 6
+
+
+@pytest.mark.parametrize(
+    ("fit_per_class", "imbalance", "expected"),
+    [
+        (0, 3, [9, 7, 6, 5, 4, 3]),  # 9, 7.22, 5.80, 4.66, 3.74, 3
+        (0, 9, [9, 6, 4, 2, 2, 1]),  # 9, 5.80, 3.74, 2.41, 1.55, 1
+        (0, 1e6, [9, 1, 1, 1, 1, 1]),  # 9, 0.57, ...: one image remains of every class
+        (7, 3, [7, 6, 5, 4, 3, 2]),  # 7, 5.62, 4.51, 3.62, 2.91, 2.33
+        (100, 3, [9, 7, 6, 5, 4, 3]),
+    ],
+)
+def test_imbalance_falls_exponentially_from_the_first_class_to_the_last(
+    store, fit_per_class, imbalance, expected
+):
+    """n times imbalance to the power of -k / (K - 1), rounded."""
+    config = replace(CONFIG, fit_per_class=fit_per_class, imbalance=imbalance)
+    assert counts(store, config) == expected
+    n = expected[0]
+    exact = n / np.float64(imbalance) ** np.linspace(0, 1, 6)
+    assert expected == np.maximum(1, np.round(exact)).astype(int).tolist()
+
+
+def test_imbalance_thins_the_images_that_a_class_has(image_folder, tmp_path):
+    """Of unequal classes each by its own number, and nothing of the only class."""
+    for i in range(4, 10):
+        (image_folder / f"train/dog/{i}.png").unlink()
+    store = open_store(ImageFolder(image_folder), tmp_path, 16)
+    config = DataConfig(protocol="published", imbalance=2.0)
+    store = replace(store, official_split_N=np.where(np.arange(len(store)) % 14 == 0, "valid", "train"))
+    n_cats, n_dogs = np.bincount(store.labels_N[store.official_split_N == "train"])
+    assert counts(store, config) == [n_cats, n_dogs // 2]
+    cats = replace(store, manifest={**store.manifest, "classes": store.manifest["classes"][:1]})
+    cats = rearranged(cats, np.flatnonzero(store.labels_N == 0))
+    assert counts(cats, config) == [n_cats]
+
+
+def rearranged(store: Store, rows_N: np.ndarray) -> Store:
+    """The store with these rows alone, in this order, under other file names."""
+    return replace(
+        store,
+        images=store.images[rows_N],
+        labels_N=store.labels_N[rows_N],
+        official_split_N=store.official_split_N[rows_N],
+        image_ids_N=np.array([f"renamed_{i}" for i in range(len(rows_N))]),
+        digests_N=store.digests_N[rows_N],
+    )
+
+
+def test_thinning_depends_neither_on_row_order_nor_on_file_names(store):
+    config = replace(CONFIG, fit_per_class=6, imbalance=4.0)
+    ours = make_splits(store, config)
+    for seed in range(5):
+        other = rearranged(store, np.random.default_rng(seed).permutation(len(store)))
+        theirs = make_splits(other, config)
+        assert (store.digests_N[ours.fit_N] == other.digests_N[theirs.fit_N]).all()
+
+
+@pytest.mark.parametrize("protocol", ["holdout", "published"])
+def test_more_images_contain_the_fewer(store, protocol):
+    config = replace(CONFIG, protocol=protocol)
+    for field, values in (("fit_per_class", (1, 2, 5, 8, 0)), ("imbalance", (100.0, 10.0, 3.0, 1.5, 1.0))):
+        kept = [set(make_splits(store, replace(config, **{field: value})).fit_N) for value in values]
+        assert all(fewer < more for fewer, more in zip(kept, kept[1:], strict=False))
+
+
+def test_which_images_are_kept_is_decided_by_the_seed(store):
+    """Also where the seed decides nothing else; over some seeds every image is kept and left out."""
+    config = replace(CONFIG, protocol="published", fit_per_class=6)
+    train_N = make_splits(store, replace(config, fit_per_class=0)).fit_N
+    kept = [make_splits(store, replace(config, split_seed=seed)).fit_N for seed in range(30)]
+    assert (kept[0] == make_splits(store, config).fit_N).all()
+    assert len({tuple(rows) for rows in kept}) == 30
+    times = np.bincount(np.concatenate(kept), minlength=len(store))[train_N]
+    assert times.min() > 3 and times.max() < 27  # of 30, each with probability a half
+
+
+# What is written, and what is refused
 
 
 def test_save_tells_what_was_split(store, tmp_path):

@@ -5,17 +5,23 @@ from __future__ import annotations
 import copy
 import math
 import traceback
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import tiny
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sklearn.utils.class_weight import compute_class_weight
 from torch.nn import functional as F
 
 from src import SetupError, checkpoint, train
+from src.average import copied
 from src.config import AugmentConfig, with_fields
 from src.data.batches import Batches
-from src.train import Trainer, best_epoch, fit
+from src.predict import loss_and_accuracy
+from src.train import FitData, Trainer, best_epoch, fit
 
 PLAIN = {"augment__flip": 0.0, "augment__randaugment_ops": 0, "augment__erasing": 0.0, "model__dropout": 0.0}
 
@@ -33,12 +39,18 @@ def trainer(tmp_path, config, micro_batch: int = 64, head: str = "attention", **
 
 def run(tmp_path, config, name: str = "run", **fields):
     """A fit from scratch or from what the folder holds -> (model, progress)."""
-    fields = {"head": config.model.head, "trainable": config.model.trainable, **fields}
-    built = tiny.build(tmp_path, dropout=config.model.dropout, **fields)
+    return run_with_soup(tmp_path, config, name, **fields)[:2]
+
+
+def run_with_soup(tmp_path, config, name: str = "run", **fields):
+    """`run` -> (model, progress, soup)."""
+    same = ("head", "trainable", "dropout", "drop_path")
+    fields = {**{field: getattr(config.model, field) for field in same}, **fields}
+    built = tiny.build(tmp_path, **fields)
     folder = tmp_path / name
     folder.mkdir(exist_ok=True)
-    progress, _ = fit(built.model, tiny.fit_data(built, config), config, tiny.device(5), folder)
-    return built.model, progress
+    progress, soup = fit(built.model, tiny.fit_data(built, config), config, tiny.device(5), folder)
+    return built.model, progress, soup
 
 
 def same_state(a: dict, b: dict) -> bool:
@@ -90,6 +102,131 @@ def test_a_step_is_adamw_on_the_clipped_gradient_at_the_scheduled_rate(tmp_path)
         clear = gradient.abs() > 1e-6  # below, Adam's first step is the sign of rounding noise
         torch.testing.assert_close(ours.detach()[clear], expected[clear], atol=lr * 0.02, rtol=0, msg=name)
     assert all(p.grad is None for p in subject.model.parameters())
+
+
+# --------------------------------------------------------------------- mixing, class weights and penalty
+
+MIXES = {"mixup": {"augment__mixup": 1.0}, "cutmix": {"augment__cutmix": 1.0}}
+MIXES["both"] = MIXES["mixup"] | MIXES["cutmix"]
+
+
+@pytest.mark.parametrize("mix", MIXES)
+@pytest.mark.parametrize("micro_batch", [1, 3, 8])
+def test_parts_of_a_mixed_weighted_and_penalised_step_are_the_whole_batch(tmp_path, micro_batch, mix):
+    """Mixed over all eight images, weighed by class, and with one penalty whatever the number of parts."""
+    losses = {"optim__class_weights": True, "optim__l2_sp": 0.5, "optim__clip_norm": 0.0}
+    subject = trainer(tmp_path, tiny.config(**PLAIN, **MIXES[mix], **losses), micro_batch)
+    torch.nn.init.constant_(subject.model.attention.layers[0].gate, 0.1)
+    start = [p.detach().clone() for p in subject.model.backbone.parameters()]
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for p in subject.model.backbone.parameters():
+            p.add_(0.05 * torch.randn(p.shape, generator=generator))
+    reference, mixed, mix_ = copy.deepcopy(subject.model).train(), [], subject.mix
+    subject.mix = lambda *batch: mixed.append(mix_(*batch)) or mixed[-1]
+    subject.optimizer.step = lambda: None
+    subject.optimizer.zero_grad = lambda **_: None
+    inputs, labels_B = next(subject.data.fit.epoch(0, 0))
+    loss_sum, n_correct = subject.train_step(inputs, labels_B).tolist()
+
+    [(images, y_BK)] = mixed
+    assert images.shape == inputs.shape and y_BK.shape == (8, 5) and not torch.equal(images, inputs)
+    assert ((y_BK > 0).sum(1) == 2).any()  # two classes in one image
+    fit_labels = subject.data.fit.labels_N[subject.data.fit.index_M]
+    weights_K = torch.tensor(compute_class_weight("balanced", classes=np.arange(5), y=fit_labels)).float()
+    logits_BK = reference(images)
+    loss = -((0.9 * y_BK + 0.1 / 5) * weights_K * logits_BK.log_softmax(1)).sum() / 8
+    now = reference.backbone.parameters()
+    penalty = 0.25 * sum((p - p0).square().sum() for p, p0 in zip(now, start, strict=True))
+    (loss + penalty).backward()
+    assert loss_sum == pytest.approx(8 * loss.item(), rel=1e-5)  # the penalty has no place in it
+    assert n_correct == (logits_BK.argmax(1) == y_BK.argmax(1)).sum().item()
+    for (name, ours), theirs in zip(subject.model.named_parameters(), reference.parameters(), strict=True):
+        scale = theirs.grad.abs().max().item()
+        torch.testing.assert_close(ours.grad, theirs.grad, atol=1e-4 * scale + 1e-8, rtol=1e-3, msg=name)
+
+
+def test_every_step_is_mixed_by_its_own_draw(tmp_path):
+    """From (seed, epoch, step): the same again after a restart, another in the next step."""
+    subject = trainer(tmp_path, tiny.config(**PLAIN, **MIXES["both"]))
+    mixed, mix = [], subject.mix
+    subject.mix = lambda *batch: mixed.append(mix(*batch)) or mixed[-1]
+    batch = next(subject.data.fit.epoch(0, 0))
+    for epoch, step in [(0, 0), (0, 0), (0, 1), (1, 0)]:
+        torch.manual_seed(len(mixed))
+        subject.progress.epoch, subject.progress.step = epoch, step
+        subject.train_step(*batch)
+    (_, first), (_, again), (_, next_step), (_, next_epoch) = mixed
+    assert torch.equal(first, again)
+    assert not torch.equal(first, next_step) and not torch.equal(first, next_epoch)
+
+
+def test_accuracy_of_mixed_images_counts_the_larger_share(tmp_path):
+    subject = trainer(tmp_path, tiny.config(**PLAIN, **MIXES["mixup"], optim__class_weights=False))
+    y_BK = torch.tensor([[0.6, 0.4, 0, 0, 0], [0.3, 0.7, 0, 0, 0], [0, 0, 1, 0, 0], [0, 0.2, 0, 0, 0.8]])
+    predicted = torch.tensor([0, 0, 2, 1])  # larger, smaller, whole, smaller
+    subject.mix = lambda inputs, labels_B: (inputs, y_BK)
+    subject.forward = lambda x: 5 * F.one_hot(predicted, 5).float().requires_grad_()
+    loss_sum, n_correct = subject.train_step(torch.zeros(4, 1), torch.tensor([0, 1, 2, 1])).tolist()
+    assert n_correct == 2 and math.isfinite(loss_sum)
+
+
+def test_class_weights_of_equal_classes_change_nothing(tmp_path):
+    states = {}
+    for equal in (True, False):
+        for weighted in (True, False):
+            config = tiny.config(**PLAIN, train__epochs=1, optim__class_weights=weighted)
+            built = tiny.build(tmp_path, head="plain")
+            data = tiny.fit_data(built, config, n=20, n_holdout=5)
+            labels_N = np.arange(25) % 5 if equal else np.minimum(np.arange(25) % 7, 4)
+            data = FitData(replace(data.fit, labels_N=labels_N), data.holdout)
+            folder = tmp_path / f"{equal}{weighted}"
+            folder.mkdir()
+            fit(built.model, data, config, tiny.device(), folder)
+            states[equal, weighted] = built.model.state_dict()["classifier.weight"]
+    torch.testing.assert_close(states[True, True], states[True, False], rtol=1e-5, atol=1e-6)
+    assert not torch.allclose(states[False, True], states[False, False], rtol=1e-3, atol=1e-4)
+
+
+def test_the_penalty_holds_the_backbone_at_its_pretrained_weights(tmp_path):
+    """The head, which has no pretrained weights, still learns."""
+    distances = {}
+    for weight in (0.0, 100.0):
+        config = tiny.config(**PLAIN, optim__l2_sp=weight, optim__lr=1e-3, train__epochs=3)
+        before = tiny.build(tmp_path).model.state_dict()
+        model, _ = run(tmp_path, config, f"run{weight}", head="plain")
+        moved = {"backbone": 0.0, "classifier": 0.0}
+        for name, value in model.state_dict().items():
+            moved[name.split(".")[0]] += (value - before[name]).square().sum().item()
+        distances[weight] = moved
+    assert distances[100.0]["backbone"] < 0.3 * distances[0.0]["backbone"]
+    assert distances[100.0]["classifier"] > 0.5 * distances[0.0]["classifier"] > 0
+
+
+def test_a_penalty_without_anything_to_hold_is_refused(tmp_path):
+    with pytest.raises(SetupError, match="l2_sp = 1.0.*trainable"):
+        trainer(tmp_path, tiny.config(optim__l2_sp=1.0), trainable="none")
+
+
+def test_images_have_the_size_of_their_epoch(tmp_path):
+    """Growing in training; the same in every prediction."""
+    config = tiny.config(train__epochs=6, train__start_size=32, train__patience=6, model__image_size=96)
+    config = with_fields(config, {"model.test_size": 128})
+    subject = trainer(tmp_path, config)
+    seen = []
+    subject.model.register_forward_pre_hook(
+        lambda model, inputs: seen.append(
+            (subject.progress.epoch, model.training, inputs[0].shape[-2:], len(inputs[0]))
+        )
+    )
+    while not subject.finished:
+        subject.train_epoch()
+        subject.end_epoch()
+    trained = {(epoch, tuple(size)) for epoch, training, size, _ in seen if training}
+    assert trained == {(epoch, (side, side)) for epoch, side in enumerate([32, 64, 64, 64, 96, 96])}
+    assert {tuple(size) for _, training, size, _ in seen if not training} == {(128, 128)}
+    for epoch in range(6):
+        assert sum(n for at, training, _, n in seen if training and at == epoch) == 23
 
 
 # ------------------------------------------------------------------------ speed and memory, nothing else
@@ -255,7 +392,8 @@ def scripted(monkeypatch, scores: list[tuple[float, float]]) -> list[dict]:
 
     def score(self):
         states.append({name: value.clone() for name, value in self.model.state_dict().items()})
-        return next(remaining)
+        loss, accuracy = next(remaining)
+        return {"loss": loss, "accuracy": accuracy}
 
     monkeypatch.setattr(Trainer, "score_holdout", score)
     return states
@@ -306,6 +444,122 @@ def test_loss_that_is_not_finite_stops_the_run(tmp_path, monkeypatch):
     with pytest.raises(SetupError, match="loss is nan at epoch 1.*lower `optim.lr`"):
         fit(subject.model, subject.data, config, subject.device, subject.folder)
     assert not list(subject.folder.iterdir())
+
+
+# ------------------------------------------------------------------------------------------- averages
+
+
+def watched(monkeypatch) -> tuple[list[dict], list[dict]]:
+    """States of the whole model after every step, and at every score of `holdout`."""
+    after_steps, scored = [], []
+    step, score = Trainer.train_step, Trainer.score_holdout
+
+    def train_step(self, *arguments):
+        result = step(self, *arguments)
+        after_steps.append(copied(self.model.state_dict()))
+        return result
+
+    def score_holdout(self):
+        scored.append(copied(self.model.state_dict()))
+        return score(self)
+
+    monkeypatch.setattr(Trainer, "train_step", train_step)
+    monkeypatch.setattr(Trainer, "score_holdout", score_holdout)
+    return after_steps, scored
+
+
+@pytest.mark.parametrize("backbone", [tiny.CONVNEXT, tiny.EFFICIENTNET])
+def test_the_average_is_scored_and_kept_and_training_goes_on_from_the_own_weights(
+    tmp_path, monkeypatch, backbone
+):
+    config = tiny.config(train__ema_decay=0.6, optim__lr=1e-3, optim__head_lr=1e-2)
+    start = copied(tiny.build(tmp_path, head="attention", backbone=backbone).model.state_dict())
+    with monkeypatch.context() as patch:
+        own, scored = watched(patch)
+        model, progress = run(tmp_path, config, backbone=backbone)
+    with monkeypatch.context() as patch:
+        plain, plainly_scored = watched(patch)
+        run(tmp_path, with_fields(config, {"train.ema_decay": 0.0}), "plain", backbone=backbone)
+    assert len(own) == 6 and all(same_state(a, b) for a, b in zip(own, plain, strict=True))
+    assert same_state(plainly_scored[-1], own[-1]) and not same_state(scored[-1], own[-1])
+
+    average = {name: value.double() for name, value in start.items()}
+    expected = []
+    for n, state in enumerate(own):
+        d = min(0.6, (1 + n) / (10 + n))
+        for name, value in state.items():
+            whole = not value.is_floating_point()
+            average[name] = value if whole else d * average[name] + (1 - d) * value.double()
+        if n in (2, 5):
+            expected.append(dict(average))
+    for ours, theirs in zip(scored, expected, strict=True):
+        for name, value in theirs.items():
+            torch.testing.assert_close(ours[name].double(), value.double(), rtol=1e-4, atol=1e-6, msg=name)
+    assert same_state(copied(model.state_dict()), scored[progress.best_epoch - 1])
+    holdout = tiny.fit_data(tiny.build(tmp_path, backbone=backbone), config).holdout
+    with torch.no_grad():
+        logits_NK = model(holdout.preprocess(torch.from_numpy(holdout.rows[holdout.index_M])))
+    labels_N = torch.from_numpy(holdout.labels_N[holdout.index_M])
+    best = progress.history[progress.best_epoch - 1]
+    assert best["holdout_loss"] == pytest.approx(F.cross_entropy(logits_NK, labels_N).item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("ema_decay", [0.0, 0.6])
+@pytest.mark.parametrize(("soup_epochs", "averaged"), [(1, [3]), (2, [2, 3]), (10, [0, 1, 2, 3])])
+def test_soup_is_the_mean_of_what_was_scored_in_the_last_epochs(
+    tmp_path, monkeypatch, ema_decay, soup_epochs, averaged
+):
+    config = tiny.config(train__epochs=4, train__ema_decay=ema_decay, after__soup_epochs=soup_epochs)
+    config = with_fields(config, {"train.batch_size": 12, "optim.lr": 1e-3})
+    own, scored = watched(monkeypatch)
+    model, progress, soup = run_with_soup(tmp_path, config, backbone=tiny.EFFICIENTNET)
+    assert soup.keys() == model.learned_state().keys()
+    for name, value in soup.items():
+        states = [scored[epoch][name] for epoch in averaged]
+        expected = torch.stack(states).double().mean(0) if value.is_floating_point() else states[-1]
+        torch.testing.assert_close(value.double(), expected.double(), rtol=1e-5, atol=1e-6, msg=name)
+    assert same_state(copied(model.state_dict()), scored[progress.best_epoch - 1])
+    assert same_state(scored[-1], own[-1]) == (not ema_decay)
+
+
+@pytest.mark.parametrize(
+    ("soup_epochs", "averaged"), [(0, None), (1, None), (2, None), (3, [2]), (4, [1, 2])]
+)
+def test_soup_where_training_stopped_early(tmp_path, monkeypatch, soup_epochs, averaged):
+    """Three of five epochs: the mean of those of the last that were trained, or none."""
+    states = scripted(monkeypatch, [(3, 0), (4, 0), (5, 0)])
+    config = tiny.config(train__epochs=5, train__patience=2, train__monitor="loss")
+    config = with_fields(config, {"after.soup_epochs": soup_epochs, "train.batch_size": 12})
+    _, progress, soup = run_with_soup(tmp_path, config)
+    assert len(progress.history) == 3
+    if averaged is None:
+        assert soup is None
+        return
+    for name, value in soup.items():
+        expected = torch.stack([states[epoch][name] for epoch in averaged]).double().mean(0)
+        torch.testing.assert_close(value.double(), expected, rtol=1e-5, atol=1e-7, msg=name)
+
+
+def test_soup_of_a_frozen_backbone_has_no_backbone(tmp_path):
+    config = tiny.config(train__epochs=1, after__soup_epochs=1, model__trainable="none", train__ema_decay=0.5)
+    model, _, soup = run_with_soup(tmp_path, config)
+    assert soup.keys() == model.learned_state().keys()
+    assert soup and not [name for name in soup if name.startswith("backbone.")]
+
+
+@settings(deadline=None, max_examples=30)
+@given(seed=st.integers(0, 10**6), n=st.integers(1, 30), classes=st.integers(2, 8))
+def test_loss_and_accuracy_are_torch_s(seed, n, classes):
+    rng = np.random.default_rng(seed)
+    logits_NK = rng.normal(scale=rng.choice([0.1, 3, 300]), size=(n, classes)).astype(np.float32)
+    labels_N = rng.integers(0, classes, n)
+    logits, labels = torch.from_numpy(logits_NK), torch.from_numpy(labels_N)
+    result = loss_and_accuracy(logits_NK, labels_N)
+    assert result["loss"] == pytest.approx(
+        F.cross_entropy(logits.double(), labels).item(), rel=1e-12, abs=1e-12
+    )
+    assert result["accuracy"] == pytest.approx((logits.argmax(1) == labels).double().mean().item())
+    assert all(type(value) is float for value in result.values())  # as JSON has it
 
 
 # --------------------------------------------------------------------------------------------- resume
@@ -362,6 +616,83 @@ def test_a_run_cut_off_anywhere_ends_as_one_that_was_not(
     expected_model, expected = uninterrupted(backbone)
     assert progress.history == expected.history and progress.best_epoch == expected.best_epoch
     assert same_state(model.state_dict(), expected_model.state_dict())
+
+
+EVERYTHING = tiny.config(
+    train__epochs=4,
+    train__patience=4,
+    train__checkpoint_minutes=0.0,
+    train__ema_decay=0.8,
+    train__start_size=32,
+    after__soup_epochs=2,
+    data__sampling="balanced",
+    augment__mixup=0.4,
+    augment__cutmix=1.0,
+    augment__trivial_augment=True,
+    augment__cutout=8,
+    model__dropout=0.2,
+    model__drop_path=0.2,
+    optim__lr=1e-3,
+    optim__head_lr=1e-2,
+    optim__layer_decay=0.8,
+    optim__class_weights=True,
+    optim__l2_sp=0.1,
+    optim__clip_norm=1.0,
+)
+
+
+@pytest.fixture(scope="module")
+def everything(tmp_path_factory):
+    """Uninterrupted runs of `EVERYTHING`, by backbone."""
+    made = {}
+
+    def get(backbone: str):
+        if backbone not in made:
+            torch.manual_seed(1)
+            made[backbone] = run_with_soup(tmp_path_factory.mktemp("all"), EVERYTHING, backbone=backbone)
+        return made[backbone]
+
+    return get
+
+
+@pytest.mark.parametrize("backbone", [tiny.CONVNEXT, tiny.EFFICIENTNET])
+@pytest.mark.parametrize(
+    ("method", "calls"), [("train_step", 5), ("save", 3), ("end_epoch", 3), ("save", 14)]
+)
+def test_everything_at_once_cut_off_and_resumed(tmp_path, monkeypatch, everything, backbone, method, calls):
+    """Three steps and a score an epoch, all saved: the 14th checkpoint lies within the last epoch, with one
+    of two epochs in the soup."""
+    monkeypatch.setattr(train, "STEPS_BETWEEN_READS", 1)
+    with monkeypatch.context() as patch:
+        kill_after(patch, method, calls)
+        with pytest.raises(Killed):
+            run(tmp_path, EVERYTHING, backbone=backbone)
+    torch.manual_seed(2)
+    model, progress, soup = run_with_soup(tmp_path, EVERYTHING, backbone=backbone)
+    expected_model, expected, expected_soup = everything(backbone)
+    assert progress.history == expected.history and progress.best_epoch == expected.best_epoch
+    assert same_state(model.state_dict(), expected_model.state_dict())
+    assert same_state(soup, expected_soup)
+
+
+@pytest.mark.parametrize("part", ["ema", "soup"])
+def test_a_resume_needs_the_averages_of_the_checkpoint(tmp_path, monkeypatch, everything, part):
+    """So that the test above can fail: without one of them the run ends elsewhere."""
+    monkeypatch.setattr(train, "STEPS_BETWEEN_READS", 1)
+    with monkeypatch.context() as patch:
+        kill_after(patch, "save", 14)
+        with pytest.raises(Killed):
+            run(tmp_path, EVERYTHING)
+    restore = Trainer.restore
+
+    def forgetful(self, payload):
+        forgotten = copy.deepcopy(self.averages[part].payload())
+        restore(self, payload)
+        self.averages[part].restore(forgotten)
+
+    monkeypatch.setattr(Trainer, "restore", forgetful)
+    _, _, soup = run_with_soup(tmp_path, EVERYTHING)
+    assert not same_state(soup, everything(tiny.CONVNEXT)[2])
 
 
 def test_a_damaged_checkpoint_costs_time_only(tmp_path, monkeypatch, uninterrupted):

@@ -10,6 +10,7 @@ import math
 import re
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from fnmatch import fnmatch
 from pathlib import Path
@@ -17,6 +18,7 @@ from pathlib import Path
 import nbformat
 
 from src import SetupError
+from src.ablation import read_table, write_words
 from src.evaluate import compare, read_predictions, score
 from tools import readme
 
@@ -168,6 +170,24 @@ def results(root: Path) -> list[str]:
     return failures
 
 
+def ablation(root: Path) -> list[str]:
+    """summary.csv and summary.md of an ablation are what ablation.csv beside them gives."""
+    failures = []
+    for name in (name for name in tracked(root) if fnmatch(name, "results/*ablation.csv")):
+        folder, table = (root / name).parent, read_table((root / name).parent)
+        if table.empty:
+            failures.append(f"{name}: has no rows; run `make ablation`")
+            continue
+        with tempfile.TemporaryDirectory() as scratch:
+            write_words(Path(scratch), table)
+            for counted in sorted(Path(scratch).iterdir()):
+                said = folder / counted.name
+                if not said.exists() or said.read_bytes() != counted.read_bytes():
+                    path = said.relative_to(root)
+                    failures.append(f"{path}: is not what ablation.csv gives; run `make readme`")
+    return failures
+
+
 def _differences(root: Path, name: str, counted: dict) -> list[str]:
     """Numbers that the JSON file `name` does not hold as they were counted anew."""
     said = json.loads((root / name).read_text(encoding="utf-8"))
@@ -212,7 +232,7 @@ def repo_url(root: Path) -> list[str]:
     return ["the repository has several addresses: " + ", ".join(f"{u} ({n})" for u, n in found.items())]
 
 
-CHECKS = (lint, notebooks, executed_copies, readme_names, readme_numbers, results, sizes, repo_url)
+CHECKS = (lint, notebooks, executed_copies, readme_names, readme_numbers, results, ablation, sizes, repo_url)
 
 
 def main(root: Path | None = None) -> int:
@@ -222,7 +242,7 @@ def main(root: Path | None = None) -> int:
     for check in CHECKS:
         try:
             failures = check(root)
-        except (OSError, ValueError, SetupError, subprocess.CalledProcessError) as error:
+        except (OSError, ValueError, KeyError, SetupError, subprocess.CalledProcessError) as error:
             failures = [f"could not be checked: {error}"]
         print(f"{'FAIL' if failures else 'ok':4} {check.__name__.replace('_', ' ')}")
         print("".join(f"     {failure}\n" for failure in failures), end="")

@@ -87,14 +87,15 @@ def balanced_order(index_M: np.ndarray, labels_M: np.ndarray, rng: np.random.Gen
 
     An image comes again only when all of its class have come, so balanced data are merely shuffled.
     """
-    classes, counts = np.unique(labels_M, return_counts=True)
+    classes, labels_M, counts = np.unique(labels_M, return_inverse=True, return_counts=True)
     quotas = np.full(len(classes), len(index_M) // len(classes))
     quotas[rng.permutation(len(classes))[: len(index_M) % len(classes)]] += 1
-    drawn = []
-    for label, count, quota in zip(classes, counts, quotas, strict=True):
+    drawn_labels_M = rng.permutation(np.repeat(np.arange(len(classes)), quotas))
+    order_M = np.empty_like(index_M)
+    for label, (count, quota) in enumerate(zip(counts, quotas, strict=True)):
         rounds = [rng.permutation(index_M[labels_M == label]) for _ in range(-(-quota // count))]
-        drawn.append(np.concatenate([index_M[:0], *rounds])[:quota])
-    return rng.permutation(np.concatenate(drawn))
+        order_M[drawn_labels_M == label] = np.concatenate(rounds)[:quota]
+    return order_M
 
 
 @dataclass(frozen=True)

@@ -6,71 +6,72 @@ import matplotlib as mpl
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from src.figures.style import BLUE, DARK, GREY, ORANGE, blank_figure, percent, signed, styled
 
 COLOURS = {"helps": BLUE, "hurts": ORANGE}
+ROW_HEIGHT = 0.205  # inches: all rows fit a page, and their names can still be read there
+SHOWN = 0.85  # of the intervals lie within the axis at least; one large step would flatten all others
 
 
 @styled
 def ablation_figure(summary: pd.DataFrame, note: str) -> Figure:
     """A line a row: accuracy over seeds on the left, the paired difference with its interval on the right."""
-    n = len(summary)
-    figure = blank_figure(1.8 + 0.26 * n, "What each ingredient is worth: accuracy on valid", note)
+    n, places = len(summary), np.arange(len(summary))
+    figure = blank_figure(2 + ROW_HEIGHT * n, "What each ingredient is worth: accuracy on valid", note)
     accuracy, difference = figure.subplots(1, 2, sharey=True, width_ratios=[1, 1.25])
-    places = np.arange(n)
-    accuracy.errorbar(
-        summary["valid_mean"],
-        places,
-        xerr=summary["valid_sd"].fillna(0),
-        fmt="o",
-        ms=5,
-        color=DARK,
-        capsize=2,
-    )
+    spread = summary["valid_sd"].fillna(0)
+    accuracy.errorbar(summary["valid_mean"], places, xerr=spread, fmt="o", ms=4.5, color=DARK, capsize=2)
     accuracy.set_yticks(places, summary["row"], fontsize=9)
     accuracy.set_ylim(n - 0.4, -0.6)
     accuracy.xaxis.set_major_formatter(percent)
     accuracy.set_title("mean ± sd over seeds", fontsize=10.5)
-    difference.axvline(0, color=GREY, lw=1.2)
-    for place, line in zip(places, summary.itertuples(), strict=True):
-        _draw_difference(difference, place, line)
-    difference.set_title("difference in points, 95 % interval", fontsize=10.5)
-    difference.tick_params(labelleft=False)
-    difference.margins(x=0.3)
+    _draw_differences(difference, summary)
     for axes in (accuracy, difference):
-        for place in _section_starts(summary["against"]):
+        axes.xaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]))
+        axes.tick_params(axis="x", labelsize=9)
+        for place in _section_starts(summary):
             axes.axhline(place - 0.5, color=GREY, lw=0.8, ls=":")
     return figure
 
 
-def _draw_difference(axes: mpl.axes.Axes, place: int, line: tuple) -> None:
-    if np.isnan(line.difference):
-        return
-    colour = COLOURS.get(line.verdict, GREY)
-    value, low, high = (100 * x for x in (line.difference, line.low, line.high))
-    bar = None if np.isnan(low) else [[value - low], [high - value]]
-    axes.errorbar(value, place, xerr=bar, fmt="o", ms=6, lw=2, capsize=3, color=colour)
-    axes.text(
-        1.0,
-        place,
-        signed(line.difference, 2),
-        transform=axes.get_yaxis_transform(),
-        va="center",
-        ha="right",
-        fontsize=8.5,
-        color=colour,
-    )
+def _draw_differences(axes: mpl.axes.Axes, summary: pd.DataFrame) -> None:
+    """Differences in points, each as a number beside the axis, too; an arrow for those beyond its ends."""
+    value, low, high = (100 * summary[column].to_numpy() for column in ("difference", "low", "high"))
+    reach = np.fmax(np.abs(value), np.fmax(np.abs(low), np.abs(high)))
+    reach = reach[np.isfinite(reach)]
+    end = 1.1 * np.quantile(reach, SHOWN) if reach.any() else 1.0
+    axes.axvline(0, color=GREY, lw=1.2)
+    for place in np.flatnonzero(np.isfinite(value)):
+        x, colour = value[place], COLOURS.get(summary["verdict"].iloc[place], GREY)
+        if np.isfinite(low[place]):
+            axes.plot([low[place], high[place]], [place, place], "|-", ms=6, lw=2, color=colour)
+        if abs(x) > end:
+            axes.plot(np.sign(x) * 0.97 * end, place, ">" if x > 0 else "<", ms=7, color=colour)
+        else:
+            axes.plot(x, place, "o", ms=5.5, color=colour)
+        axes.annotate(
+            signed(summary["difference"].iloc[place], 2),
+            (1, place),
+            xytext=(38, 0),
+            xycoords=axes.get_yaxis_transform(),
+            textcoords="offset points",
+            va="center",
+            ha="right",
+            fontsize=8.5,
+            color=colour,
+        )
+    axes.set_xlim(-end, end)
+    axes.set_title("difference in points, 95 % interval", fontsize=10.5)
+    axes.set_xlabel("blue: helps · orange: hurts · grey: not told apart from noise", fontsize=8.5)
+    axes.tick_params(axis="y", length=0, labelleft=False)
 
 
-def _section_starts(against: pd.Series) -> list[int]:
-    """Where a row is compared with nothing, or many rows begin to be compared with the same one."""
-    shared = against.duplicated(keep=False) & (against != "")
-    return [
-        i
-        for i in range(1, len(against))
-        if against.iloc[i] == "" or (shared.iloc[i] and not shared.iloc[i - 1])
-    ]
+def _section_starts(summary: pd.DataFrame) -> list[int]:
+    """Rows that are compared with nothing, and the first after the ladder, whose rows start with a plus."""
+    added, alone = summary["row"].str.startswith("+"), summary["against"] == ""
+    return [i for i in range(1, len(summary)) if alone[i] or (added[i - 1] and not added[i])]
 
 
 @styled

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -11,7 +12,8 @@ import torch
 from huggingface_hub import hf_hub_download
 from safetensors.torch import load_file
 from timm.data import ImageNetInfo, resolve_data_config
-from timm.models import group_with_matcher
+from timm.layers import DropPath
+from timm.models import group_parameters
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -63,7 +65,7 @@ class Classifier(nn.Module):
         nn.init.zeros_(self.classifier.bias)
         self.scra = None
         if config.scra:
-            first = backbone.feature_info[0]
+            first = _first_stage(backbone)
             self.scra = ChannelGate(first["num_chs"], nhwc=self.nhwc)
             backbone.get_submodule(first["module"]).register_forward_hook(self.scra.gate_output)
         make_trainable(backbone, config.trainable)
@@ -140,15 +142,28 @@ def _neck(config: ModelConfig, width: int) -> nn.Module:
     if config.head == "as_run":
         return OneTokenAttention(width, config.dropout)
     if config.head == "mlp":
-        hidden = nn.Linear(width, MLP_WIDTH)
+        hidden = nn.Linear(width, MLP_WIDTH, bias=False)  # the batch norm would subtract one
         return nn.Sequential(nn.Dropout(config.dropout), hidden, nn.BatchNorm1d(MLP_WIDTH), nn.ReLU())
     return nn.Identity()
 
 
 def layer_numbers(backbone: nn.Module) -> dict[str, int]:
     """Depth of every parameter of the backbone by name: 0 the stem, each block one deeper (timm's groups)."""
-    named = dict(backbone.named_parameters())
-    return group_with_matcher(named.items(), backbone.group_matcher(coarse=False), reverse=True)
+    return group_parameters(backbone, backbone.group_matcher(coarse=False), reverse=True)
+
+
+def _blocks(backbone: nn.Module, stage: dict) -> list[int]:
+    """Depths of a stage's blocks; none for what is a layer alone."""
+    inside = re.compile(re.escape(stage["module"]) + r"\..+\.")
+    return sorted({depth for name, depth in layer_numbers(backbone).items() if inside.match(name)})
+
+
+def _first_stage(backbone: nn.Module) -> dict:
+    """Name (`module`) and channels (`num_chs`) of the first stage; a ResNet's list begins with its stem."""
+    for stage in backbone.feature_info:
+        if any(depth > 0 for depth in _blocks(backbone, stage)):
+            return stage
+    raise SetupError("model.scra = True: this backbone has no stages of blocks; use False.")
 
 
 def make_trainable(backbone: nn.Module, part: str) -> None:
@@ -160,8 +175,7 @@ def make_trainable(backbone: nn.Module, part: str) -> None:
     if part in ("none", "all"):
         return
     depths = layer_numbers(backbone)
-    last_stage = backbone.feature_info[-1]["module"]
-    blocks = sorted({depth for name, depth in depths.items() if name.startswith(f"{last_stage}.")})
+    blocks = _blocks(backbone, backbone.feature_info[-1])
     if not blocks:
         raise SetupError(
             f"model.trainable = {part!r}: this backbone has no stages of blocks; use none or all."
@@ -305,7 +319,7 @@ def _load(tag: str, path: Path, drop_path: float) -> nn.Module:
             state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         raise SetupError(f"weights file {path} cannot be read ({error}); download it again.") from error
-    backbone = timm.create_model(tag, pretrained=False, drop_path_rate=drop_path)
+    backbone = _created(tag, drop_path)
     if tag == PACKAGE_TAG and path.suffix == ".pth":
         state = _renamed_by_position(state, backbone)
     classifier = f"{_classifier_name(backbone)}.weight"
@@ -316,6 +330,17 @@ def _load(tag: str, path: Path, drop_path: float) -> nn.Module:
     except RuntimeError as error:
         first_lines = "\n".join(str(error).splitlines()[:4])[:600]
         raise SetupError(f"weights file {path} does not fit {tag}: {first_lines}") from None
+    return backbone
+
+
+def _created(tag: str, drop_path: float) -> nn.Module:
+    """The timm model `tag`, untrained; its stochastic depth is always set, as some have one of their own."""
+    try:
+        backbone = timm.create_model(tag, pretrained=False, drop_path_rate=drop_path)
+    except TypeError:  # a network that knows no stochastic depth
+        backbone = timm.create_model(tag, pretrained=False)
+    if drop_path and not any(isinstance(module, DropPath) for module in backbone.modules()):
+        raise SetupError(f"model.drop_path = {drop_path}: {tag} has no stochastic depth; use 0.")
     return backbone
 
 
