@@ -186,9 +186,13 @@ class Job:
 
 
 def config_key(config: Config, fingerprint: str) -> str:
-    """Twelve hexadecimal digits that name a configuration on the data of that fingerprint."""
-    text = json.dumps([recorded_config(config), fingerprint], sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:12]
+    """Twelve hexadecimal digits that name a configuration on the data of that fingerprint.
+
+    Of what differs from the defaults: a field that is added later, and off, leaves the name as it was.
+    """
+    plain = recorded_config(Config(arm=config.arm))
+    changes = [plain["arm"], *configs.differences(recorded_config(config), plain), fingerprint]
+    return hashlib.sha256(json.dumps(changes).encode()).hexdigest()[:12]
 
 
 def run_ablation(
