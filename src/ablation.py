@@ -195,8 +195,29 @@ def config_key(config: Config, fingerprint: str) -> str:
     return hashlib.sha256(json.dumps(changes).encode()).hexdigest()[:12]
 
 
+@dataclass(frozen=True)
+class Plan:
+    """What an ablation is run on: the profile, the data and what the command line overrides."""
+
+    profile: str
+    data_dir: str
+    overrides: dict[str, object]
+    fingerprint: str
+
+    def job(self, name: str, seed: int) -> Job:
+        """The job of the grid's row `name`."""
+        row = next(row for row in grid() if row.name == name)
+        config = config_of(row, self.profile, self.data_dir, seed, self.overrides)
+        return Job.of(row, config, self.fingerprint)
+
+
 def run_ablation(
-    profile: str, data_dir: str, paths: Paths, names: Sequence[str] = (), overrides: dict | None = None
+    profile: str,
+    data_dir: str,
+    paths: Paths,
+    names: Sequence[str] = (),
+    seeds: Sequence[int] = SEEDS,
+    overrides: dict | None = None,
 ) -> Path:
     """Run what is missing of the grid, seed by seed, and write table, summary and figure as rows come in.
 
@@ -204,59 +225,67 @@ def run_ablation(
     is passed over and named at the end. Raises `SetupError` for that, for a name that is no row's, and where
     the folder holds other rows of another configuration or of other data.
     """
-    known = {row.name: row for row in grid()}
+    known = [row.name for row in grid()]
     if unknown := [name for name in names if name not in known]:
         raise SetupError(f"no row is called {unknown[0]!r}; the rows are: {'; '.join(known)}.")
     folder = paths.results / "ablation"
     for needed in (folder, paths.runs, paths.cache):
         require_writable(needed)
+    recipe = configure("improvement", profile, data_dir, overrides)
+    plan = Plan(profile, data_dir, overrides or {}, open_data(recipe, paths).fingerprint)
+    jobs = [plan.job(name, seed) for seed in seeds for name in dict.fromkeys(names or known)]
+    missing = missing_jobs(folder, jobs, plan)
+    refused = run_jobs(folder, missing, len(jobs), paths)
+    write_summary(folder)
+    for job in jobs:  # also of rows that were done when a call before this one was cut off
+        shutil.rmtree(job.paths(paths).runs, ignore_errors=True)
+    with suppress(OSError):  # other rows' training may be in there
+        (paths.runs / "ablation").rmdir()
+    if refused:
+        reasons = "\n".join(f"  {name}: {reason}" for name, reason in refused.items())
+        raise SetupError(f"all rows are run but these, which cannot be:\n{reasons}")
+    return folder
 
-    def config(name: str, seed: int) -> Config:
-        return config_of(known[name], profile, data_dir, seed, overrides or {})
 
-    fingerprint = open_data(config(RECIPE, 0), paths).fingerprint
-
-    def job(name: str, seed: int) -> Job:
-        return Job.of(known[name], config(name, seed), fingerprint)
-
-    jobs = [job(name, seed) for seed in SEEDS for name in dict.fromkeys(names or known)]
-    wanted = {(job.row.name, job.seed) for job in jobs}
-    table = read_table(folder)
+def missing_jobs(folder: Path, jobs: list[Job], plan: Plan) -> list[Job]:
+    """The jobs that are not in the folder's table as they are asked for; stale lines of theirs go from it."""
+    table, known = read_table(folder), {row.name for row in grid()}
     lines = [(line.row, line.seed, line.config) for line in table.itertuples() if line.row in known]
-    done = {(name, seed) for name, seed, key in lines if job(name, seed).key == key}
-    if stale := {(name, seed) for name, seed, _ in lines} - done:
-        if others := sorted({name for name, _ in stale - wanted}):
-            raise SetupError(
-                f"{folder} holds rows of another configuration or data ({others[0]!r}, {len(others)} in "
-                "all), which these could not be compared with. Run all rows anew, or pass another folder "
-                "with --results DIR."
-            )
+    done = {(name, seed) for name, seed, key in lines if plan.job(name, seed).key == key}
+    wanted = {(job.row.name, job.seed) for job in jobs}
+    others = [(name, seed) for name, seed, _ in lines if (name, seed) not in done | wanted]
+    if others:
+        raise SetupError(
+            f"{folder} holds rows of another configuration or data ({others[0][0]!r}, {len(others)} in all), "
+            "which these could not be compared with. Run all rows anew, or pass another folder with "
+            "--results DIR."
+        )
+    if len(done) < len(table):
         write_table(folder, table[[pair in done for pair in zip(table["row"], table["seed"], strict=True)]])
-    missing = [job for job in jobs if (job.row.name, job.seed) not in done]
+    return [job for job in jobs if (job.row.name, job.seed) not in done]
+
+
+def run_jobs(folder: Path, jobs: list[Job], n_rows: int, paths: Paths) -> dict[str, str]:
+    """Run the jobs, the last of `n_rows`; rows that cannot be run, with the reason.
+
+    Raises `SetupError` where two rows give the same reason: then it is no row's own.
+    """
     refused: dict[str, str] = {}
-    with tqdm(total=len(jobs), initial=len(jobs) - len(missing), desc="ablation", unit="row") as bar:
-        for i, job in enumerate(missing):
+    with tqdm(total=n_rows, initial=n_rows - len(jobs), desc="ablation", unit="row") as bar:
+        for i, job in enumerate(jobs):
             bar.set_postfix_str(f"{job.row.name}, seed {job.seed}")
             if job.row.name not in refused:
                 try:
                     add_record(folder, run_row(job, paths))
                 except SetupError as error:
                     if str(error) in refused.values():
-                        raise  # of two rows: no row's own fault
+                        raise
                     refused[job.row.name] = str(error)
                 write_summary(folder)
-            if job.training_key not in {later.training_key for later in missing[i + 1 :]}:
+            if job.training_key not in {later.training_key for later in jobs[i + 1 :]}:
                 shutil.rmtree(job.paths(paths).runs, ignore_errors=True)
             bar.update()
-    write_summary(folder)
-    for job in jobs:  # also of rows that were done when a call before this one was cut off
-        shutil.rmtree(job.paths(paths).runs, ignore_errors=True)
-    with suppress(OSError):
-        (paths.runs / "ablation").rmdir()
-    if refused:
-        reasons = "\n".join(f"  {name}: {reason}" for name, reason in refused.items())
-        raise SetupError(f"all rows are run but these, which cannot be:\n{reasons}")
-    return folder
+    return refused
 
 
 def run_row(job: Job, paths: Paths) -> dict:

@@ -32,12 +32,13 @@ Function = Callable[[torch.Tensor], torch.Tensor]
 
 @dataclass
 class Predictor:
-    """How a finished model predicts, and the steps that were tried on the way (in order)."""
+    """How a finished model predicts, what it says of `holdout`, and the steps that were tried (in order)."""
 
     function: Function
     device: Device
     temperature: float = 1.0
     tried: list[dict] = field(default_factory=list)
+    holdout_NK: np.ndarray | None = None
 
     def logits(self, batches: Batches, label: str) -> np.ndarray:
         """Logits (N,K) of a split, over the temperature."""
@@ -53,9 +54,10 @@ def improve(
     simpler: the step that was there before.
     """
     predictor = Predictor(model.classify if data.cached else model, device)
+    predictor.holdout_NK = predictor.logits(data.holdout, "holdout")
     labels_N = data.holdout.labels_N[data.holdout.index_M]
-    live = model.learned_state()
-    best, best_state = loss_and_accuracy(predictor.logits(data.holdout, "holdout"), labels_N), copied(live)
+    best, live = loss_and_accuracy(predictor.holdout_NK, labels_N), model.learned_state()
+    best_state = trained = copied(live)
 
     def attempt(name: str, state: State | None = None, function: Function | None = None) -> None:
         nonlocal best, best_state
@@ -63,30 +65,37 @@ def improve(
             load(live, state)
             measure_statistics(model, data)
         tried = Predictor(function or predictor.function, device)
-        result = loss_and_accuracy(tried.logits(data.holdout, "holdout"), labels_N)
+        tried.holdout_NK = tried.logits(data.holdout, "holdout")
+        result = loss_and_accuracy(tried.holdout_NK, labels_N)
         kept = result["accuracy"] > best["accuracy"]
         predictor.tried.append({"step": name, **result, "kept": kept})
         if kept:
             best, best_state = result, copied(live)
-            predictor.function = tried.function
+            predictor.function, predictor.holdout_NK = tried.function, tried.holdout_NK
         load(live, best_state)
 
     if soup is not None:
         attempt(f"soup of {config.soup_epochs} epochs", soup)
-    if config.wise_ft:
         trained = best_state
+    if config.wise_ft:
         for share in SHARES:
             attempt(f"WiSE-FT {share}", between(start, trained, share))
     if config.tta != "none":
         attempt(config.tta, function=averaged_views(predictor.function, config.tta))
     if config.temperature:
-        logits_NK = predictor.logits(data.holdout, "holdout")
-        temperature = best_temperature(logits_NK, labels_N)
-        result = loss_and_accuracy(logits_NK / temperature, labels_N)
-        kept = result["loss"] < best["loss"]  # its accuracy is the same
-        predictor.tried.append({"step": f"temperature {temperature:.4f}", **result, "kept": kept})
-        predictor.temperature = temperature if kept else 1.0
+        set_temperature(predictor, labels_N, best["loss"])
     return predictor
+
+
+def set_temperature(predictor: Predictor, labels_N: np.ndarray, loss: float) -> None:
+    """Divide the logits by what fits `holdout` best, if that makes its `loss` smaller."""
+    temperature = best_temperature(predictor.holdout_NK, labels_N)
+    scaled_NK = predictor.holdout_NK / temperature
+    result = loss_and_accuracy(scaled_NK, labels_N)
+    kept = result["loss"] < loss  # the accuracy is the same
+    predictor.tried.append({"step": f"temperature {temperature:.4f}", **result, "kept": kept})
+    if kept:
+        predictor.temperature, predictor.holdout_NK = temperature, scaled_NK
 
 
 @torch.no_grad()

@@ -171,7 +171,6 @@ def train_and_predict(setup: Setup) -> None:
     predictor = improve(model, start, soup, data, config.after, setup.device)
     state = {name: value.contiguous() for name, value in model.learned_state().items()}
     write_atomically(folder / "model.safetensors", lambda partial: save_file(state, partial))
-    holdout_NK = predictor.logits(data.holdout, "holdout")
     improved = time.perf_counter()
     valid_NK = predictor.logits(valid, "valid")
     seconds = {
@@ -189,7 +188,7 @@ def train_and_predict(setup: Setup) -> None:
     }
     write_json(folder / "facts.json", facts)
     write_json(folder / "history.json", progress.history)
-    write_array(folder / "holdout_logits.npy", holdout_NK)
+    write_array(folder / "holdout_logits.npy", predictor.holdout_NK)
     write_array(folder / "valid_logits.npy", valid_NK)
 
 
@@ -392,7 +391,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="any config field")
     parser.add_argument("--preset", default="improvement", help="for find_lr and soup (default: improvement)")
     parser.add_argument("--rows", nargs="+", default=[], metavar="NAME", help="for ablation (default: all)")
-    parser.add_argument("--seeds", default="0,1,2", help="for soup: the runs to average (default: 0,1,2)")
+    parser.add_argument("--seeds", default="0,1,2", help="for ablation and soup (default: 0,1,2)")
     return parser.parse_args(arguments)
 
 
@@ -406,7 +405,8 @@ def obey(args: argparse.Namespace) -> str:
     if args.command == "ablation":
         from src.ablation import run_ablation
 
-        folder = run_ablation(args.profile, args.data, paths, args.rows, overrides)
+        seeds = read_seeds(args.seeds)
+        folder = run_ablation(args.profile, args.data, paths, args.rows, seeds, overrides)
         return (folder / "summary.md").read_text(encoding="utf-8")
     arm = args.command if args.command in configs.PRESETS else args.preset
     config = configure(arm, args.profile, args.data, {"train.seed": args.seed, **overrides})

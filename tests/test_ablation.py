@@ -170,18 +170,14 @@ def pets(tmp_path_factory):
     return write_pets(tmp_path_factory.mktemp("data") / "pets")
 
 
-@pytest.fixture
-def two_seeds(monkeypatch):
-    monkeypatch.setattr(ablation, "SEEDS", (0, 1))
-
-
 def command(folder, pets, weights, *rows: str, **changes) -> list[str]:
-    return [*arguments(folder, "ablation", pets, small(weights, **changes)), "--rows", *rows]
+    asked = arguments(folder, "ablation", pets, small(weights, **changes))
+    return [*asked, "--seeds", "0,1", "--rows", *rows]
 
 
 def run_rows(folder, pets, weights, *rows: str, **changes) -> pd.DataFrame:
     """Run the rows -> `ablation.csv`."""
-    run_ablation("offline", str(pets), paths(folder), rows, small(weights, **changes))
+    run_ablation("offline", str(pets), paths(folder), rows, (0, 1), small(weights, **changes))
     return read_table(folder / "results" / "ablation")
 
 
@@ -202,7 +198,6 @@ def whole(pets, weights, tmp_path_factory):
     """An ablation of six rows and two seeds by the command line -> (folder, steps of training)."""
     folder = tmp_path_factory.mktemp("whole")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ablation, "SEEDS", (0, 1))
         steps = counted_steps(patch)
         assert main(command(folder, pets, weights, *ROWS)) == 0
     return folder, len(steps)
@@ -260,7 +255,7 @@ def test_a_line_holds_what_the_same_run_outside_of_the_ablation_measures(whole, 
     assert line["parameters"] == sum(p.numel() for p in setup.model.parameters())
 
 
-def test_a_finished_ablation_runs_nothing(whole, pets, weights, two_seeds, monkeypatch):
+def test_a_finished_ablation_runs_nothing(whole, pets, weights, monkeypatch):
     folder, _ = whole
     before = (folder / "results" / "ablation" / "ablation.csv").read_bytes()
     monkeypatch.setattr(ablation, "run_row", None)
@@ -269,7 +264,7 @@ def test_a_finished_ablation_runs_nothing(whole, pets, weights, two_seeds, monke
 
 
 def test_an_ablation_cut_off_anywhere_goes_on_to_the_same_numbers(
-    whole, pets, weights, two_seeds, tmp_path, monkeypatch
+    whole, pets, weights, tmp_path, monkeypatch
 ):
     """Cut off within a training, after the numbers of a row and before its figure, and between rows that
     share a training."""
@@ -340,7 +335,6 @@ def ran(monkeypatch) -> list[tuple[str, int]]:
         return record(job.row.name, job.seed, config=job.key)
 
     monkeypatch.setattr(ablation, "run_row", pretend)
-    monkeypatch.setattr(ablation, "SEEDS", (0, 1))
     monkeypatch.setattr(ablation, "write_summary", lambda folder: None)
     return jobs
 
@@ -402,7 +396,7 @@ def test_rows_that_could_not_be_compared_are_refused(ran, pets, weights, tmp_pat
     run_rows(tmp_path, pets, weights, "baseline", FINE_TUNING)
     before = (tmp_path / "results" / "ablation" / "ablation.csv").read_bytes()
     with pytest.raises(
-        SetupError, match=r"another configuration.*'\+ full fine-tuning', 1 in all.*--results"
+        SetupError, match=r"another configuration.*'\+ full fine-tuning', 2 in all.*--results"
     ):
         run_rows(tmp_path, pets, weights, "baseline", optim__head_lr=0.5)
     assert len(ran) == 4 and (tmp_path / "results" / "ablation" / "ablation.csv").read_bytes() == before

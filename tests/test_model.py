@@ -207,6 +207,7 @@ def test_images_of_other_sizes(tmp_path, head):
     sizes = []
     if head == "two layers with positions":
         for layer in model.attention.layers:
+            assert layer.position_bias.shape == (8, 3, 3)
             nn.init.normal_(layer.position_bias)
             layer.register_forward_pre_hook(lambda module, inputs: sizes.append(inputs[1]))
     before = {name: value.clone() for name, value in model.state_dict().items()}
@@ -385,9 +386,10 @@ def test_the_gate_follows_maps_with_channels_last(tmp_path):
     model = Classifier(
         timm.create_model("swin_tiny_patch4_window7_224", num_classes=0, depths=(1, 1, 1, 1), embed_dim=24),
         5,
-        ModelConfig(head="attention", scra=True),
+        ModelConfig(head="attention", relative_position=True, scra=True),
         (7, 7, 192),
     ).eval()
+    assert model.attention.layers[0].position_bias.shape == (8, 13, 13)
     maps = []
     model.backbone.layers[1].register_forward_pre_hook(lambda module, inputs: maps.append(inputs[0]))
     with torch.no_grad():
@@ -409,6 +411,7 @@ def test_layers_of_the_mlp_head_in_order(tmp_path):
     assert [type(layer) for layer in layers] == kinds
     assert layers[0].p == layers[4].p == 0.25
     assert layers[1].weight.shape == (512, 64) and layers[5].weight.shape == (5, 512)
+    assert layers[1].bias is None  # it could not learn: batch normalisation subtracts it
     x, expected = batch(), model.eval().features(batch())
     nn.init.normal_(layers[2].running_mean), nn.init.uniform_(layers[2].running_var, 0.5, 2.0)
     for layer in layers:
@@ -420,7 +423,21 @@ def test_layers_of_the_mlp_head_in_order(tmp_path):
         layer.register_forward_pre_hook(lambda m, inputs, name=name: seen.update({name: inputs[0]}))
     model.train()(x)
     assert 0.1 < (seen["hidden"] == 0).float().mean() < 0.4
-    assert 0.5 < (seen["classifier"] == 0).float().mean() < 0.75  # half by ReLU, a quarter of the rest
+    assert 0.55 < (seen["classifier"] == 0).float().mean() < 0.75  # half by ReLU, a quarter of the rest
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_dropout_stands_before_the_classifier(tmp_path, head):
+    """Whatever the head drops itself."""
+    model = build(tmp_path, head, dropout=0.5, trainable="none").train()
+    for part in (model.attention, model.neck):
+        if part is not None:
+            part.eval()
+    torch.manual_seed(0)
+    x = batch()
+    assert not torch.equal(model(x), model(x))
+    model.dropout.eval()
+    assert torch.equal(model(x), model(x))
 
 
 # -------------------------------------------------------------------------------------------- learning
