@@ -46,7 +46,7 @@ BUDGETS = {
     "full": {"train.epochs": 12},
 }
 # The improvement as written: single ingredients are added to it or taken from it.
-RECIPE = "+ label smoothing"
+RECIPE = "+ label smoothing (recipe)"
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ LADDER = {
     "+ erasing": {"augment.erasing": 0.15},
     "+ dropout": {"model.dropout": 0.2},
     "+ weight decay": {"optim.weight_decay": 0.05},
-    "+ label smoothing": {"optim.label_smoothing": 0.1},
+    "+ label smoothing (recipe)": {"optim.label_smoothing": 0.1},
     "+ balanced sampling": {"data.sampling": "balanced"},
 }
 # Each of these changes the recipe alone. Those of the last lines share its training.

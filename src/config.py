@@ -371,7 +371,12 @@ PROFILES = {
     "offline": {**_LITE0, "data.source": "local", "model.image_size": 96},
     "full": {},
 }
-ARM_LENGTHS = {("baseline", "quick"): 20, ("improvement", "quick"): 12, ("improvement", "offline"): 4}
+# What an arm has in a profile beside that: its length, and sizes that go with the profile's.
+ARM_CHANGES: dict[tuple[str, str], dict[str, object]] = {
+    ("baseline", "quick"): {"train.epochs": 20},
+    ("improvement", "quick"): {"train.epochs": 12},
+    ("improvement", "offline"): {"train.epochs": 4},
+}
 
 
 def preset(arm: str, profile: str, overrides: dict[str, object] | None = None) -> Config:
@@ -383,9 +388,7 @@ def preset(arm: str, profile: str, overrides: dict[str, object] | None = None) -
         raise SetupError(f"arm {arm!r} is unknown; choose one of: {', '.join(PRESETS)}.")
     if profile not in PROFILES:
         raise SetupError(f"profile {profile!r} is unknown; choose one of: {', '.join(PROFILES)}.")
-    changes: dict[str, object] = {"profile": profile, **PROFILES[profile]}
-    if (arm, profile) in ARM_LENGTHS:
-        changes["train.epochs"] = ARM_LENGTHS[arm, profile]
+    changes = {"profile": profile, **PROFILES[profile], **ARM_CHANGES.get((arm, profile), {})}
     return with_fields(PRESETS[arm], {**changes, **(overrides or {})})
 
 

@@ -137,6 +137,7 @@ def test_what_does_not_gain_leaves_nothing(tmp_path, monkeypatch, backbone, accu
     for point, scored in zip(points, states[1:], strict=False):
         assert all(torch.equal(scored[name], point[name]) for name, _ in model.named_parameters())
     assert (predictor.function is model) == (3 not in kept)
+    np.testing.assert_allclose(predictor.holdout_NK, predictor.logits(data.holdout, ""), rtol=1e-4, atol=1e-5)
     assert same(start, given_start) and same(soup, given_soup)
     assert not any(module.training for module in model.modules())
 
@@ -182,6 +183,7 @@ def test_every_step_is_scored_as_by_hand(tmp_path, head):
     assert len({step["accuracy"] for step in tried}) > 2  # so that the test can fail
 
     logits_NK = predictor.logits(data.holdout, "holdout")
+    np.testing.assert_allclose(predictor.holdout_NK, logits_NK, rtol=1e-5, atol=1e-6)  # kept as it went
     result = scores_by_hand(logits_NK.astype(np.float64), labels_N)
     assert result["accuracy"] == pytest.approx(best["accuracy"])
     assert temperature["step"] == f"temperature {predictor.temperature:.4f}" and temperature["kept"]
@@ -516,6 +518,7 @@ def test_a_temperature_that_does_not_gain_is_not_kept(monkeypatch, tmp_path, fou
     monkeypatch.setattr(after, "best_temperature", lambda *_: found)
     data = FitData(data.fit, images)
     predictor = improve(model, start, None, data, AfterConfig(temperature=True), tiny.device())
+    np.testing.assert_allclose(predictor.holdout_NK, predictor.logits(images, ""), rtol=1e-6)
     assert predictor.tried[0]["kept"] == kept and predictor.temperature == (found if kept else 1.0)
     expected = scores_by_hand(3 * np.log(p_NK) / found, labels_N)
     assert predictor.tried[0]["loss"] == pytest.approx(expected["loss"], rel=1e-5)
