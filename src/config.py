@@ -200,15 +200,16 @@ class Config:
         low, high = self.augment.crop_scale
         if not 0 < low <= high <= 1:
             raise SetupError(f"augment.crop_scale = {low},{high} must satisfy 0 < low <= high <= 1.")
-        if self.model.head in ("mlp", "as_run") and self.model.head_init != "random":
-            raise SetupError(
-                f"model.head = {self.model.head!r} starts from new layers: model.head_init must be random, "
-                f"not {self.model.head_init!r}."
-            )
         smallest = RANGES["model.image_size"][0]
         for name in ("model.test_size", "train.start_size"):
             if 0 < get(self, name) < smallest:
                 raise SetupError(f"{name} = {get(self, name)} is too small; it must be 0 or {smallest} up.")
+        for name, needed, values in NEEDS:
+            if get(self, name) and get(self, name) != "random" and get(self, needed) not in values:
+                raise SetupError(
+                    f"{name} = {get(self, name)!r} does nothing with {needed} = {get(self, needed)!r}; "
+                    f"it needs one of: {', '.join(values)}."
+                )
         if self.train.start_size > self.model.image_size:
             raise SetupError(
                 f"train.start_size = {self.train.start_size} is larger than "
@@ -249,6 +250,14 @@ CHOICES = {
     "train.monitor": ("loss", "accuracy"),
     "after.tta": ("none", "flip", "ten_crop"),
 }
+
+# field, when it is not off, needs another field to be one of these
+NEEDS = (
+    ("model.head_init", "model.head", ("plain", "attention", "cross_attention")),
+    ("model.relative_position", "model.head", ("attention",)),
+    ("model.class_queries", "model.head", ("cross_attention",)),
+    ("optim.l2_sp", "model.trainable", ("last_stage", "last_two_blocks", "all")),
+)
 
 RANGES = {
     "data.holdout_per_class": (1, 10**6),

@@ -37,8 +37,21 @@ from src.config import (
 EVERY_RUN = [(arm, profile) for arm in PRESETS for profile in PROFILES]
 
 
+# Fields that do nothing, and are refused, unless another is set as well.
+ALONGSIDE = {
+    "model.relative_position": {"model.head": "attention"},
+    "model.class_queries": {"model.head": "cross_attention"},
+    "optim.l2_sp": {"model.trainable": "all"},
+}
+
+
+def base(name: str) -> Config:
+    """The baseline, or what of it the field acts in."""
+    return with_fields(BASELINE, ALONGSIDE.get(name, {}))
+
+
 def changed(name: str) -> Config:
-    """The baseline with another, allowed value in one field."""
+    """`base` with another, allowed value in one field."""
     now = get(BASELINE, name)
     if name in CHOICES:
         values = CHOICES[name]
@@ -48,7 +61,7 @@ def changed(name: str) -> Config:
         values = {bool: (True, False), str: ("other",), int: (7,), tuple: ((0.25, 0.75),)}[type(now)]
     for value in values:
         try:
-            config = with_fields(BASELINE, {name: value})
+            config = with_fields(base(name), {name: value})
         except SetupError:
             continue
         if get(config, name) != now:
@@ -67,8 +80,8 @@ def test_every_field_goes_to_json_and_back():
     for name in field_names():
         config = changed(name)
         again = from_dict(json.loads(json.dumps(to_dict(config))))
-        assert again == config != BASELINE, name
-        [line] = differences(to_dict(config), to_dict(BASELINE))
+        assert again == config != base(name), name
+        [line] = differences(to_dict(config), to_dict(base(name)))
         assert line.startswith(f"{name}: ")
 
 
@@ -226,7 +239,8 @@ def test_wrong_value_is_named(name, value):
 def test_a_head_with_new_layers_before_its_classifier_starts_at_random(head, head_init):
     changes = {"model.head": head, "model.head_init": head_init}
     if head in ("mlp", "as_run") and head_init != "random":
-        with pytest.raises(SetupError, match=f"model.head = '{head}'.*head_init must be random.*{head_init}"):
+        said = f"head_init = '{head_init}' does nothing with model.head = '{head}'.*plain, attention"
+        with pytest.raises(SetupError, match=said):
             with_fields(BASELINE, changes)
     else:
         assert with_fields(BASELINE, changes).model.head_init == head_init
@@ -310,7 +324,7 @@ def test_identity_augmentation_is_recognised():
 def test_features_are_cached_where_every_epoch_shows_a_frozen_backbone_the_same_images():
     """Of all fields changed alone, these are the ones that end it."""
     assert BASELINE.caches_features
-    ending = {name for name in field_names() if not changed(name).caches_features}
+    ending = {n for n in field_names() if base(n).caches_features and not changed(n).caches_features}
     images = {f"augment.{field.name}" for field in dataclasses.fields(AugmentConfig)}
     assert ending == (images - {"augment.randaugment_magnitude"}) | {
         "model.trainable", "model.scra", "model.test_size",
@@ -395,3 +409,22 @@ def test_the_probe_is_a_plain_frozen_linear_classifier(arm):
     assert probe.train == dataclasses.replace(BASELINE.train, epochs=4, seed=9)
     assert probe.caches_features and (probe.arm, probe.profile) == (config.arm, config.profile)
     assert config == with_fields(PRESETS[arm], changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"model.class_queries": True}, "class_queries = True does nothing with model.head = 'attention'"),
+        (
+            {"model.head": "plain", "model.relative_position": True},
+            "relative_position = True does nothing with model.head = 'plain'",
+        ),
+        (
+            {"model.trainable": "none", "optim.l2_sp": 0.1},
+            "l2_sp = 0.1 does nothing with model.trainable = 'none'",
+        ),
+    ],
+)
+def test_a_field_that_would_do_nothing_is_refused(changes, said):
+    with pytest.raises(SetupError, match=said):
+        with_fields(IMPROVEMENT, changes)
