@@ -403,7 +403,7 @@ def obey(args: argparse.Namespace) -> str:
     overrides = {"data.protocol": args.protocol, **{key: value for key, _, value in pairs}}
     paths = Paths.of(args.profile, args.results, args.runs, args.cache)
     if args.command == "ablation":
-        from src.ablation import run_ablation
+        from src.ablation.run import run_ablation
 
         seeds = read_seeds(args.seeds)
         folder = run_ablation(args.profile, args.data, paths, args.rows, seeds, overrides)

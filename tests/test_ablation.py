@@ -14,19 +14,16 @@ from sklearn.metrics import accuracy_score, log_loss
 from test_experiment import arguments, paths, refused, small, trained, write_pets
 from test_report import assert_legible, said
 
-from src import SetupError, ablation
-from src.ablation import (
-    BUDGETS,
-    LADDER,
-    RECIPE,
-    SINGLE,
-    config_of,
-    grid,
+from src import SetupError
+from src.ablation import run as ablation
+from src.ablation.grid import BUDGETS, LADDER, RECIPE, SINGLE, grid
+from src.ablation.run import config_of, run_ablation
+from src.ablation.table import (
+    about,
     markdown,
     paired_difference,
     read_summary,
     read_table,
-    run_ablation,
     summarise,
     write_summary,
     write_words,
@@ -567,11 +564,11 @@ def test_what_all_rows_share_is_said_once():
     table = made_up(("baseline as run", "baseline", FINE_TUNING, "trained: head alone"))
     table.loc[table["row"] == "baseline as run", "backbone"] = "another_net.in12k"
     table.loc[table["row"] == "trained: head alone", "epochs"] = 5  # frozen, like the baselines
-    assert ablation.about(table) == (
+    assert about(table) == (
         "another_net.in12k, some_net.in1k · 64 px · 20,000 images to train on · epochs: 2 where the backbone "
         "is trained · seeds: 0, 1, 2 · data: made-up · protocol: holdout · a CPU (2 CPU cores)"
     )
-    assert "epochs" not in ablation.about(made_up(("baseline",)))
+    assert "epochs" not in about(made_up(("baseline",)))
 
 
 def test_an_empty_table_has_no_summary(tmp_path):
@@ -584,7 +581,7 @@ def test_the_figure_names_every_row_and_covers_none(seeds):
     table = made_up(seeds=seeds)
     table.loc[table["row"] == "mixup", "valid_accuracy"] -= 0.2  # one row far from the others
     summary = summarise(table)
-    figure = ablation_figure(summary, ablation.about(table) + 6 * " · more of it")
+    figure = ablation_figure(summary, about(table) + 6 * " · more of it")
     assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == list(GRID)
     assert_legible(figure, "ablation")
     assert "some_net.in1k" in said(figure)
@@ -593,7 +590,7 @@ def test_the_figure_names_every_row_and_covers_none(seeds):
 def test_the_figure_of_a_few_rows():
     for rows in (("baseline",), ("baseline", FINE_TUNING)):
         table = made_up(rows)
-        assert_legible(ablation_figure(summarise(table), ablation.about(table)), str(rows))
+        assert_legible(ablation_figure(summarise(table), about(table)), str(rows))
 
 
 def test_the_figure_shows_the_summary_s_numbers():

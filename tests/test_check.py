@@ -10,7 +10,8 @@ import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 from test_ablation import made_up
 
-from src.ablation import grid, read_table, write_words
+from src.ablation.grid import grid
+from src.ablation.table import read_table, write_words
 from src.config import CHOICES
 from src.evaluate import compare, score
 from src.report import write_csv

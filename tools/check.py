@@ -18,7 +18,7 @@ from pathlib import Path
 import nbformat
 
 from src import SetupError
-from src.ablation import read_table, write_words
+from src.ablation.table import read_table, write_words
 from src.evaluate import compare, read_predictions, score
 from tools import readme
 

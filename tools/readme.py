@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 from bench.tables import growth, hotspots, speed, steps
-from src.ablation import markdown, read_summary, write_summary
+from src.ablation.table import markdown, read_summary, write_summary
 
 ARMS = ("Baseline", "Improvement", "Best")
 HEADER = (

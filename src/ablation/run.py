@@ -1,0 +1,210 @@
+"""Run the ablation, row by row and resumable.
+
+    python -m src.experiment ablation --profile offline --data DIR
+    python -m src.experiment ablation --profile offline --data DIR --rows baseline "+ full fine-tuning"
+
+A row that is in `ablation.csv` with the same configuration and data is not run again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+from scipy.special import softmax
+from tqdm.auto import tqdm
+
+from src import SetupError
+from src import config as configs
+from src.ablation.grid import BUDGETS, SEEDS, Row, Times, grid
+from src.ablation.table import add_record, read_table, write_summary, write_table
+from src.config import AfterConfig, Config
+from src.evaluate import calibration_error
+from src.experiment import (
+    Paths,
+    configure,
+    open_data,
+    prepare,
+    recorded_config,
+    require_writable,
+    train_and_predict,
+)
+from src.files import read_json
+from src.predict import loss_and_accuracy
+
+
+def config_of(row: Row, profile: str, data_dir: str, seed: int, overrides: dict[str, object]) -> Config:
+    """The row's configuration: preset, the profile's budget, `overrides`, its own changes and the seed.
+
+    On cached features a row trains as long as its preset says: epochs cost next to nothing there.
+    """
+    shared = {**BUDGETS.get(profile, {}), **overrides}
+    plain = configs.preset(row.arm, profile, shared)
+    own = {
+        name: value.of(plain) if isinstance(value, Times) else value for name, value in row.changes.items()
+    }
+    config = configure(row.arm, profile, data_dir, {**shared, **own, "train.seed": seed})
+    if config.caches_features and "train.epochs" not in overrides:
+        epochs = configs.preset(row.arm, profile).train.epochs
+        config = configs.with_fields(config, {"train.epochs": epochs})
+    return config
+
+
+@dataclass(frozen=True)
+class Job:
+    """A row under a seed. `key` names its configuration and data, `training_key` what training needs."""
+
+    row: Row
+    config: Config
+    key: str
+    training_key: str
+
+    @property
+    def seed(self) -> int:
+        return self.config.train.seed
+
+    def paths(self, paths: Paths) -> Paths:
+        """Where it runs: rows that differ in `after` alone share a folder, and so their training."""
+        return replace(paths, runs=paths.runs / "ablation" / self.training_key)
+
+    @classmethod
+    def of(cls, row: Row, config: Config, fingerprint: str) -> Job:
+        training = replace(config, after=AfterConfig(soup_epochs=config.after.soup_epochs))
+        return cls(row, config, config_key(config, fingerprint), config_key(training, fingerprint))
+
+
+def config_key(config: Config, fingerprint: str) -> str:
+    """Twelve hexadecimal digits that name a configuration on the data of that fingerprint.
+
+    Of what differs from the defaults: a field that is added later, and off, leaves the name as it was.
+    """
+    plain = recorded_config(Config(arm=config.arm))
+    changes = [plain["arm"], *configs.differences(recorded_config(config), plain), fingerprint]
+    return hashlib.sha256(json.dumps(changes).encode()).hexdigest()[:12]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What an ablation is run on: the profile, the data and what the command line overrides."""
+
+    profile: str
+    data_dir: str
+    overrides: dict[str, object]
+    fingerprint: str
+
+    def job(self, name: str, seed: int) -> Job:
+        """The job of the grid's row `name`."""
+        row = next(row for row in grid() if row.name == name)
+        config = config_of(row, self.profile, self.data_dir, seed, self.overrides)
+        return Job.of(row, config, self.fingerprint)
+
+
+def run_ablation(
+    profile: str,
+    data_dir: str,
+    paths: Paths,
+    names: Sequence[str] = (),
+    seeds: Sequence[int] = SEEDS,
+    overrides: dict | None = None,
+) -> Path:
+    """Run what is missing of the grid, seed by seed, and write table, summary and figure as rows come in.
+
+    `names`: these rows alone (all by default). Returns the folder of the results. A row that cannot be run
+    is passed over and named at the end. Raises `SetupError` for that, for a name that is no row's, and where
+    the folder holds other rows of another configuration or of other data.
+    """
+    known = [row.name for row in grid()]
+    if unknown := [name for name in names if name not in known]:
+        raise SetupError(f"no row is called {unknown[0]!r}; the rows are: {'; '.join(known)}.")
+    folder = paths.results / "ablation"
+    for needed in (folder, paths.runs, paths.cache):
+        require_writable(needed)
+    recipe = configure("improvement", profile, data_dir, overrides)
+    plan = Plan(profile, data_dir, overrides or {}, open_data(recipe, paths).fingerprint)
+    jobs = [plan.job(name, seed) for seed in seeds for name in dict.fromkeys(names or known)]
+    missing = missing_jobs(folder, jobs, plan)
+    refused = run_jobs(folder, missing, len(jobs), paths)
+    write_summary(folder)
+    for job in jobs:  # also of rows that were done when a call before this one was cut off
+        shutil.rmtree(job.paths(paths).runs, ignore_errors=True)
+    with suppress(OSError):  # other rows' training may be in there
+        (paths.runs / "ablation").rmdir()
+    if refused:
+        reasons = "\n".join(f"  {name}: {reason}" for name, reason in refused.items())
+        raise SetupError(f"all rows are run but these, which cannot be:\n{reasons}")
+    return folder
+
+
+def missing_jobs(folder: Path, jobs: list[Job], plan: Plan) -> list[Job]:
+    """The jobs that are not in the folder's table as they are asked for; stale lines of theirs go from it."""
+    table, known = read_table(folder), {row.name for row in grid()}
+    lines = [(line.row, line.seed, line.config) for line in table.itertuples() if line.row in known]
+    done = {(name, seed) for name, seed, key in lines if plan.job(name, seed).key == key}
+    wanted = {(job.row.name, job.seed) for job in jobs}
+    others = [(name, seed) for name, seed, _ in lines if (name, seed) not in done | wanted]
+    if others:
+        raise SetupError(
+            f"{folder} holds rows of another configuration or data ({others[0][0]!r}, {len(others)} in all), "
+            "which these could not be compared with. Run all rows anew, or pass another folder with "
+            "--results DIR."
+        )
+    if len(done) < len(table):
+        write_table(folder, table[[pair in done for pair in zip(table["row"], table["seed"], strict=True)]])
+    return [job for job in jobs if (job.row.name, job.seed) not in done]
+
+
+def run_jobs(folder: Path, jobs: list[Job], n_rows: int, paths: Paths) -> dict[str, str]:
+    """Run the jobs, the last of `n_rows`; rows that cannot be run, with the reason.
+
+    Raises `SetupError` where two rows give the same reason: then it is no row's own.
+    """
+    refused: dict[str, str] = {}
+    with tqdm(total=n_rows, initial=n_rows - len(jobs), desc="ablation", unit="row") as bar:
+        for i, job in enumerate(jobs):
+            bar.set_postfix_str(f"{job.row.name}, seed {job.seed}")
+            if job.row.name not in refused:
+                try:
+                    add_record(folder, run_row(job, paths))
+                except SetupError as error:
+                    if str(error) in refused.values():
+                        raise
+                    refused[job.row.name] = str(error)
+                write_summary(folder)
+            if job.training_key not in {later.training_key for later in jobs[i + 1 :]}:
+                shutil.rmtree(job.paths(paths).runs, ignore_errors=True)
+            bar.update()
+    return refused
+
+
+def run_row(job: Job, paths: Paths) -> dict:
+    """Train and predict one row -> its record."""
+    setup = prepare(job.config, job.paths(paths))
+    setup.run_folder.mkdir(parents=True, exist_ok=True)
+    train_and_predict(setup)
+    facts, splits = read_json(setup.run_folder / "facts.json"), setup.splits
+    scores = {}
+    for name, rows_N in (("holdout", splits.holdout_N), ("valid", splits.valid_N)):
+        logits_NK, labels_N = np.load(setup.run_folder / f"{name}_logits.npy"), setup.store.labels_N[rows_N]
+        confidence_N, right_N = softmax(logits_NK, axis=1).max(axis=1), logits_NK.argmax(axis=1) == labels_N
+        scores |= {f"{name}_{key}": value for key, value in loss_and_accuracy(logits_NK, labels_N).items()}
+        scores[f"{name}_ece"] = calibration_error(confidence_N, right_N)
+    return {
+        "row": job.row.name,
+        "seed": job.seed,
+        **scores,
+        "seconds": facts["seconds"]["total"],
+        **{
+            key: facts[key]
+            for key in ("epochs", "best_epoch", "trainable_parameters", "parameters", "gflops")
+        },
+        "after": "; ".join(step["step"] for step in facts["after"] if step["kept"]),
+        **{key: facts[key] for key in ("backbone", "image_size", "data", "protocol", "n_fit", "hardware")},
+        "git_commit": facts["git_commit"],
+        "config": job.key,
+    }

@@ -1,0 +1,185 @@
+"""The ablation's results: the table of rows and seeds, what follows from it, and how it is written."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from scipy.stats import t as student
+
+from src import SetupError
+from src.ablation.grid import grid
+from src.config import PRESETS
+from src.figures import ablation_figure
+from src.files import write_atomically
+from src.report import save, write_csv
+
+# Columns of the ablation in words, and how each is aligned.
+COLUMNS = {
+    "row": "---",
+    "valid": "---:",
+    "ECE": "---:",
+    "seeds": "---:",
+    "against": "---",
+    "difference": "---:",
+    "verdict": "---",
+}
+
+
+def read_table(folder: Path) -> pd.DataFrame:
+    """`ablation.csv`, or an empty table."""
+    path = folder / "ablation.csv"
+    if not path.exists():
+        return pd.DataFrame(columns=["row", "seed", "config"])
+    try:
+        names = dict.fromkeys(("config", "git_commit"), str)  # hexadecimal, and some look like numbers
+        return pd.read_csv(path, keep_default_na=False, dtype=names)
+    except (OSError, ValueError) as error:
+        raise SetupError(f"{path} cannot be read ({error}). Move it away to start anew.") from None
+
+
+def write_table(folder: Path, table: pd.DataFrame) -> None:
+    """`ablation.csv` in the grid's order, without rows that the grid no longer has."""
+    order = {row.name: place for place, row in enumerate(grid())}
+    table = table[table["row"].isin(order)]
+    table = table.sort_values(["row", "seed"], key=lambda c: c.map(order) if c.name == "row" else c)
+    write_csv(table, folder / "ablation.csv")
+
+
+def add_record(folder: Path, record: dict) -> None:
+    """Write the record into `ablation.csv`."""
+    table, line = read_table(folder), pd.DataFrame([record])
+    write_table(folder, pd.concat([table, line]) if len(table) else line)
+
+
+def summarise(table: pd.DataFrame) -> pd.DataFrame:
+    """A line a row: mean and sd over seeds, and the difference on `valid` to the row compared with.
+
+    The difference is paired by seed, its 95 % interval Student's over the seeds that both have (none for one
+    seed). It speaks of training again on these images, not of other images.
+    """
+    by_row = {name: group.set_index("seed") for name, group in table.groupby("row")}
+    lines = []
+    for row in (row for row in grid() if row.name in by_row):
+        own, other = by_row[row.name], by_row.get(row.against)
+        valid = own["valid_accuracy"]
+        line = {
+            "row": row.name,
+            "against": row.against,
+            "seeds": len(own),
+            "valid_mean": valid.mean(),
+            "valid_sd": valid.std(),
+            "holdout_mean": own["holdout_accuracy"].mean(),
+            "loss_mean": own["valid_loss"].mean(),
+            "ece_mean": own["valid_ece"].mean(),
+            "seconds_mean": own["seconds"].mean(),
+            "parameters": own["parameters"].iloc[0],
+            "gflops": own["gflops"].iloc[0],
+        }
+        paired = valid[:0] if other is None else (valid - other["valid_accuracy"]).dropna()
+        lines.append(line | paired_difference(paired.to_numpy(float)))
+    return pd.DataFrame(lines)
+
+
+def paired_difference(differences: np.ndarray) -> dict[str, object]:
+    """Mean of the seeds' differences, its 95 % interval, and what that says."""
+    n = len(differences)
+    if not n:
+        return {"difference": np.nan, "low": np.nan, "high": np.nan, "verdict": ""}
+    mean = differences.mean()
+    if n == 1:
+        return {"difference": mean, "low": np.nan, "high": np.nan, "verdict": "one seed: not judged"}
+    half = student.ppf(0.975, n - 1) * differences.std(ddof=1) / np.sqrt(n)
+    if not differences.any():
+        verdict = "changes nothing"
+    elif abs(mean) <= half:
+        verdict = "cannot be told apart from noise"
+    else:
+        verdict = "helps" if mean > 0 else "hurts"
+    return {"difference": mean, "low": mean - half, "high": mean + half, "verdict": verdict}
+
+
+def write_summary(folder: Path) -> None:
+    """`summary.csv`, `summary.md` and `ablation.png` from `ablation.csv`; nothing where that is empty."""
+    table = read_table(folder)
+    if table.empty:
+        return
+    save(ablation_figure(write_words(folder, table), about(table)), folder / "ablation.png")
+
+
+def write_words(folder: Path, table: pd.DataFrame) -> pd.DataFrame:
+    """`summary.csv` and `summary.md`, which follow from the table to the letter; returns the summary."""
+    summary = summarise(table)
+    words = text(summary, about(table))
+    write_csv(summary, folder / "summary.csv")
+    write_atomically(folder / "summary.md", lambda p: p.write_text(words, encoding="utf-8"))
+    return summary
+
+
+def read_summary(path: Path) -> pd.DataFrame:
+    """What `summarise` gave, from `summary.csv`."""
+    return pd.read_csv(path).fillna({"against": "", "verdict": ""})
+
+
+def about(table: pd.DataFrame) -> str:
+    """What all rows share, for the footer of the figure and the head of the text."""
+    arms = {row.name: PRESETS[row.arm].model.trainable for row in grid()}
+    parts = {row.name: row.changes.get("model.trainable", arms[row.name]) for row in grid()}
+    trained = table[table["row"].map(parts) != "none"]
+
+    def shared(column: str, lines: pd.DataFrame = table) -> str:
+        return ", ".join(str(value) for value in sorted(set(lines[column])))
+
+    epochs = f"epochs: {shared('epochs', trained)} where the backbone is trained" if len(trained) else ""
+    facts = (
+        shared("backbone"),
+        f"{shared('image_size')} px",
+        f"{table['n_fit'].iloc[0]:,} images to train on",
+        epochs,
+        f"seeds: {shared('seed')}",
+        f"data: {shared('data')}",
+        f"protocol: {shared('protocol')}",
+        shared("hardware"),
+    )
+    return " · ".join(fact for fact in facts if fact)
+
+
+def text(summary: pd.DataFrame, note: str) -> str:
+    """The ablation in words: a line a row, generated from the numbers."""
+    return "\n".join(
+        (
+            "# What each ingredient is worth",
+            "",
+            f"{note}.",
+            "",
+            "Accuracy on `valid`, mean ± standard deviation over seeds; expected calibration error (ECE); "
+            "differences of accuracy in points, paired by seed, with Student's 95 % interval over seeds. One "
+            "interval in twenty misses the truth by chance.",
+            "",
+            markdown(summary),
+            "",
+        )
+    )
+
+
+def markdown(summary: pd.DataFrame, columns: Sequence[str] = tuple(COLUMNS)) -> str:
+    """The summary as a table with some of `COLUMNS`."""
+    lines = [columns, [COLUMNS[column] for column in columns]]
+    for line in summary.itertuples():
+        difference = "" if np.isnan(line.difference) else f"{100 * line.difference:+.2f}"
+        if not np.isnan(line.low):
+            difference += f" [{100 * line.low:+.2f}, {100 * line.high:+.2f}]"
+        spread = "" if np.isnan(line.valid_sd) else f" ± {100 * line.valid_sd:.2f}"
+        cells = {
+            "row": line.row,
+            "valid": f"{100 * line.valid_mean:.2f}{spread}",
+            "ECE": f"{100 * line.ece_mean:.2f}",
+            "seeds": str(line.seeds),
+            "against": line.against,
+            "difference": difference,
+            "verdict": line.verdict,
+        }
+        lines.append([cells[column] for column in columns])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
