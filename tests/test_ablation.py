@@ -16,7 +16,7 @@ from test_report import assert_legible, said
 
 from src import SetupError
 from src.ablation import run as ablation
-from src.ablation.grid import BUDGETS, LADDER, RECIPE, SINGLE, grid
+from src.ablation.grid import BUDGETS, LADDER, RECIPE, SINGLE, Times, grid
 from src.ablation.run import config_of, run_ablation
 from src.ablation.table import (
     about,
@@ -67,7 +67,7 @@ def test_every_row_has_a_valid_configuration_with_its_declared_values(profile):
         config = configured(name, profile, seed=2)
         assert config.train.seed == 2 and config.profile == profile and config.arm == row.arm
         for field, value in row.changes.items():
-            if value != "x1.5":
+            if not isinstance(value, Times):
                 assert get(config, field) == value, (name, field)
 
 
@@ -93,6 +93,9 @@ def test_a_single_row_changes_its_fields_of_the_recipe_and_nothing_else(profile)
             assert difference.keys() == {"model.test_size"}
             assert 1.4 * size < difference["model.test_size"] <= 1.5 * size
             assert difference["model.test_size"] % 32 == 0
+        elif name.startswith("learning rate × "):
+            factor = float(name.removeprefix("learning rate × "))
+            assert difference == {"optim.lr": pytest.approx(factor * recipe.optim.lr)}
         else:
             assert difference == declared, name
 
