@@ -77,14 +77,14 @@ class Trainer:
         forward = model.classify if data.cached else model
         self.forward = torch.compile(forward) if config.train.compile else forward
         self.optimizer = self.accelerator.prepare(build_optimizer(model, config.optim))
-        n_classes, fit_labels = model.classifier.out_features, data.fit.labels_N[data.fit.index_M]
+        n_classes = model.classifier.out_features
         self.mix = mixing(config.augment, n_classes)
-        self.class_weights = (
-            class_weights(fit_labels, n_classes).to(device.torch_device)
-            if config.optim.class_weights
-            else None
-        )
-        self.penalty = L2SP(model.backbone, config.optim.l2_sp) if config.optim.l2_sp else None
+        self.class_weights = self.penalty = None
+        if config.optim.class_weights:
+            labels_M = data.fit.labels_N[data.fit.index_M]
+            self.class_weights = class_weights(labels_M, n_classes).to(device.torch_device)
+        if config.optim.l2_sp:
+            self.penalty = L2SP(model.backbone, config.optim.l2_sp)
         self.progress = Progress()
         self.best_state: State = {}
         self.averages = {}
@@ -206,13 +206,20 @@ class Trainer:
 
     def end_epoch(self) -> None:
         """Score `holdout`, keep the best state, add the history row, save and print one line."""
-        train, progress = self.config.train, self.progress
-        started = time.perf_counter()
+        progress, started = self.progress, time.perf_counter()
         with self.averages["ema"].in_place() if "ema" in self.averages else nullcontext():
-            holdout = self.score_holdout()
-            scored_state = copied(self.model.learned_state())
-            if "soup" in self.averages and progress.epoch >= train.epochs - self.config.after.soup_epochs:
-                self.averages["soup"].update()
+            self.score_epoch()
+        progress.seconds.append(progress.epoch_seconds + time.perf_counter() - started)
+        tqdm.write(epoch_line(progress, self.config))
+        progress.epoch += 1
+        progress.step = progress.n_seen = progress.n_correct = 0
+        progress.loss_sum = progress.epoch_seconds = 0.0
+        self.save()
+
+    def score_epoch(self) -> None:
+        """The history row of the weights that the model has now; they are kept if they are the best."""
+        train, progress = self.config.train, self.progress
+        holdout = self.score_holdout()
         self.require_finite(holdout["loss"])
         last_step = (progress.epoch + 1) * len(self.data.fit) - 1
         progress.history.append(
@@ -225,17 +232,13 @@ class Trainer:
                 "lr_factor": lr_at(last_step, train.epochs * len(self.data.fit), self.config.optim),
             }
         )
-        progress.seconds.append(progress.epoch_seconds + time.perf_counter() - started)
+        if "soup" in self.averages and progress.epoch >= train.epochs - self.config.after.soup_epochs:
+            self.averages["soup"].update()
         if progress.epoch + 1 == best_epoch(progress.history, train.monitor):
             progress.best_epoch, progress.bad_epochs = progress.epoch + 1, 0
-            self.best_state = scored_state
+            self.best_state = copied(self.model.learned_state())
         else:
             progress.bad_epochs += 1
-        tqdm.write(epoch_line(progress, self.config))
-        progress.epoch += 1
-        progress.step = progress.n_seen = progress.n_correct = 0
-        progress.loss_sum = progress.epoch_seconds = 0.0
-        self.save()
 
     def score_holdout(self) -> dict[str, float]:
         """Loss (cross-entropy without smoothing) and accuracy, both over rows."""
