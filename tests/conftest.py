@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tiny
 from PIL import Image
 
 from src.data import sources
@@ -147,3 +148,24 @@ def image_folder(tmp_path) -> Path:
         for i in range(10):
             (folder / f"{i}.png").write_bytes(encode(noise(1000 * number + i, (70, 50))))
     return tmp_path / "pets"
+
+
+def write_pets(folder: Path, first: int = 0) -> Path:
+    """Own images: two classes of 12 for train and 4 for valid; another `first` gives other images."""
+    for number, name in enumerate(("cat", "dog")):
+        for split, n in (("train", 12), ("valid", 4)):
+            (folder / split / name).mkdir(parents=True)
+            for i in range(n):
+                image = noise(first + 1000 * number + 100 * (split == "valid") + i, (40, 40))
+                (folder / split / name / f"{i}.png").write_bytes(encode(image))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory) -> Path:
+    return tiny.write_weights(tmp_path_factory.mktemp("weights") / "tiny.safetensors", n_classes=7)
+
+
+@pytest.fixture(scope="module")
+def pets(tmp_path_factory) -> Path:
+    return write_pets(tmp_path_factory.mktemp("data") / "pets")

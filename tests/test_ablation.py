@@ -8,10 +8,11 @@ import numpy as np
 import pandas as pd
 import pytest
 import tiny
+from conftest import write_pets
 from PIL import Image
 from scipy.stats import ttest_rel
 from sklearn.metrics import accuracy_score, log_loss
-from test_experiment import arguments, paths, refused, small, trained, write_pets
+from test_experiment import arguments, paths, refused, small, trained
 from test_report import assert_legible, said
 
 from src import SetupError
@@ -164,16 +165,6 @@ def test_a_row_s_own_fields_come_before_overrides_and_overrides_before_the_budge
 
 
 # --------------------------------------------------------------------------------- a miniature, for real
-
-
-@pytest.fixture(scope="module")
-def weights(tmp_path_factory):
-    return tiny.write_weights(tmp_path_factory.mktemp("weights") / "tiny.safetensors", n_classes=7)
-
-
-@pytest.fixture(scope="module")
-def pets(tmp_path_factory):
-    return write_pets(tmp_path_factory.mktemp("data") / "pets")
 
 
 def command(folder, pets, weights, *rows: str, **changes) -> list[str]:

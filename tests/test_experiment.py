@@ -13,7 +13,7 @@ import pandas as pd
 import pytest
 import tiny
 import torch
-from conftest import MINI_COUNTS, MINI_WNIDS, encode, noise
+from conftest import MINI_COUNTS, MINI_WNIDS
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -43,27 +43,6 @@ FILES = (
     "training_curve.png", "8_correct_8_wrong.png", "per_class.png", "confusion_matrix.png",
     "confusion_matrix.csv", "validation_predictions.csv", "history.csv", "per_class_accuracy.csv",
 )  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def weights(tmp_path_factory) -> Path:
-    return tiny.write_weights(tmp_path_factory.mktemp("weights") / "tiny.safetensors", n_classes=7)
-
-
-@pytest.fixture(scope="module")
-def pets(tmp_path_factory) -> Path:
-    return write_pets(tmp_path_factory.mktemp("data") / "pets")
-
-
-def write_pets(folder: Path, first: int = 0) -> Path:
-    """Own images: two classes of 12 for train and 4 for valid; another `first` gives other images."""
-    for number, name in enumerate(("cat", "dog")):
-        for split, n in (("train", 12), ("valid", 4)):
-            (folder / split / name).mkdir(parents=True)
-            for i in range(n):
-                image = noise(first + 1000 * number + 100 * (split == "valid") + i, (40, 40))
-                (folder / split / name / f"{i}.png").write_bytes(encode(image))
-    return folder
 
 
 def small(weights: Path, **changes) -> dict[str, object]:

@@ -10,7 +10,7 @@ import pytest
 import tiny
 import torch
 from PIL import Image
-from test_experiment import arguments, own, paths, refused, small, write_pets
+from test_experiment import arguments, own, paths, refused, small
 from test_report import assert_legible, said
 
 from src import SetupError, lr_finder
@@ -18,16 +18,6 @@ from src.experiment import main
 from src.figures import lr_figure
 from src.lr_finder import find_lr, steepest, sweep
 from src.train import Trainer
-
-
-@pytest.fixture(scope="module")
-def weights(tmp_path_factory):
-    return tiny.write_weights(tmp_path_factory.mktemp("weights") / "tiny.safetensors", n_classes=7)
-
-
-@pytest.fixture(scope="module")
-def pets(tmp_path_factory):
-    return write_pets(tmp_path_factory.mktemp("data") / "pets")
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ import tiny
 import torch
 from safetensors.torch import load_file
 from sklearn.metrics import accuracy_score, log_loss
-from test_experiment import arguments, own, paths, refused, small, trained, write_pets
+from test_experiment import arguments, own, paths, refused, small, trained
 
 from src import SetupError, experiment, soup
 from src.config import with_fields
@@ -28,11 +28,6 @@ def weights(tmp_path_factory):
         tag: tiny.write_weights(folder / f"{tag}.safetensors", tag, 7)
         for tag in (tiny.CONVNEXT, tiny.EFFICIENTNET)
     }
-
-
-@pytest.fixture(scope="module")
-def pets(tmp_path_factory):
-    return write_pets(tmp_path_factory.mktemp("data") / "pets")
 
 
 @pytest.fixture(scope="module")
