@@ -65,6 +65,10 @@ class Paths:
             Path(results or default_results), Path(runs or root / "runs"), Path(cache or root / "cache")
         )
 
+    def results_of(self, arm: str) -> Path:
+        """The folder of what people read about an arm."""
+        return self.results / arm.capitalize()
+
 
 @dataclass(frozen=True)
 class Setup:
@@ -315,7 +319,7 @@ def write_results(setup: Setup) -> Result:
         return store.images[splits.valid_N[rows]].transpose(0, 2, 3, 1)
 
     arm = setup.config.arm
-    target = setup.paths.results / arm.capitalize()
+    target = setup.paths.results_of(arm)
     facts = read_json(folder / "facts.json")
     metrics = report.write_arm(target, arm, predictions, history, facts, images)
     report.write_comparison(setup.paths.results)

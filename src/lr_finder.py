@@ -36,7 +36,7 @@ def find_lr(config: Config, paths: Paths) -> tuple[Path, float]:
 
     config = with_fields(config, {"train.compile": False, "after.soup_epochs": 0})
     setup = prepare(config, paths)
-    folder = paths.results / config.arm.capitalize()
+    folder = paths.results_of(config.arm)
     require_writable(folder)
     with tempfile.TemporaryDirectory() as scratch:  # a probe's checkpoints go with it
         setup = replace(setup, paths=replace(paths, runs=Path(scratch)))
