@@ -56,7 +56,7 @@ def changed(a: Config, b: Config) -> dict[str, object]:
 
 def test_rows_have_names_of_their_own_and_are_compared_with_rows_above():
     names = [row.name for row in grid()]
-    assert len(names) == len(set(names)) == 2 + len(LADDER) + len(SINGLE)
+    assert len(names) == len(set(names)) == 2 + len(LADDER) + len(SINGLE) + 1
     for place, row in enumerate(grid()):
         assert row.against in ["", *names[:place]]
     assert [row.name for row in grid() if not row.against] == ["baseline as run", "baseline"]

@@ -119,4 +119,4 @@ def grid() -> tuple[Row, ...]:
         above = name
     recipe = next(row for row in rows if row.name == RECIPE)
     rows += [Row(name, "baseline", recipe.changes | change, RECIPE) for name, change in SINGLE.items()]
-    return tuple(rows)
+    return (*rows, Row("best", "best", against=RECIPE))

@@ -376,7 +376,7 @@ def _first_classifier(head_init: str, backbone: nn.Module, wnids: tuple[str, ...
         raise SetupError(
             f"model.head_init = 'pretrained_rows' needs a 1000-way ImageNet classifier (this one has "
             f"{old.out_features} rows) and classes that are ImageNet's "
-            f"(not: {', '.join(strangers[:5]) or 'none'}). Use random or zero."
+            f"(not: {', '.join(strangers[:5]) or 'none'}). Use probe, random or zero."
         )
     rows = torch.tensor([imagenet[wnid] for wnid in wnids])
     new.weight.copy_(old.weight[rows])
