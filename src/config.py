@@ -363,7 +363,6 @@ run, epoch chosen on them).
 BEST = replace(
     IMPROVEMENT,
     arm="best",
-    augment=AugmentConfig(flip=0.5, erasing=0.15),
     model=ModelConfig(
         backbone="convnext_tiny.in12k_ft_in1k",
         head="plain",
@@ -372,10 +371,18 @@ BEST = replace(
     ),
     after=AfterConfig(tta="flip", temperature=True),
 )
-"""What the ablation speaks for: `IMPROVEMENT` with the pretrained classifier's rows, without attention and
-RandAugment; predictions averaged over mirrored images.
+"""What the ablation speaks for: the improvement without attention, its classifier made of the pretrained
+one's rows, predictions averaged over mirrored images. Classes that are not ImageNet's have no rows:
+`--set model.head_init=probe`.
 
-Classes that are not ImageNet's have no rows: `--set model.head_init=probe`.
+`python -m src.experiment best --profile offline --data DIR`: 71.69 % of `valid` (n = 10,000, one seed), best
+epoch 4 of 4, 47 minutes on 2 CPU cores (EfficientNet-Lite0, 96 px, `holdout`), without RandAugment, which
+so short a training has no use for. By then 81 % of the images it trains on are right and 71 % of `holdout`,
+so the longer `full` keeps RandAugment.
+
+`full` grows from 192 to 288 px. It has not been measured. More than the 86.30 % that the study reports for
+its improvement is expected: weights from ImageNet-12k, all layers trained, a classifier that need not be
+learned anew, and more pixels at the end.
 """
 
 ARMS = (BASELINE, IMPROVEMENT, BEST, AS_RUN_BASELINE, AS_RUN_IMPROVEMENT)
@@ -406,7 +413,7 @@ ARM_CHANGES: dict[tuple[str, str], dict[str, object]] = {
     ("improvement", "offline"): {"train.epochs": 4},
     # A digit is none of ImageNet's classes.
     ("best", "quick"): {"train.epochs": 12, "model.head_init": "probe", "after.tta": "none"},
-    ("best", "offline"): {"train.epochs": 4},
+    ("best", "offline"): {"train.epochs": 4, "augment.randaugment_ops": 0},
     ("best", "full"): {"model.image_size": 288, "train.start_size": 192},
 }
 

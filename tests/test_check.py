@@ -11,7 +11,7 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_outp
 from test_ablation import made_up
 
 from src.ablation.grid import grid
-from src.ablation.table import read_table, write_words
+from src.ablation.table import about, read_table, write_words
 from src.config import CHOICES
 from src.evaluate import compare, score
 from src.report import write_csv
@@ -268,7 +268,8 @@ def test_the_remedy_mends_summary_and_readme(ablated, repo, monkeypatch):
 
 
 def test_the_readme_s_ablation_has_a_line_a_row(ablated, repo):
-    lines = readme.ablation(repo).splitlines()
+    shared, _, *lines = readme.ablation(repo).splitlines()
+    assert shared == f"{about(read_table(ablated))}." and " px · " in shared
     assert lines[0] == "| row | valid | difference | verdict |"
     assert [line.split(" | ")[0].removeprefix("| ") for line in lines[2:]] == [row.name for row in grid()]
     edit(repo / "README.md", lines[4], lines[5])

@@ -14,6 +14,7 @@ from src.config import (
     AS_RUN_BASELINE,
     AS_RUN_IMPROVEMENT,
     BASELINE,
+    BEST,
     CHOICES,
     IMPROVEMENT,
     PRESETS,
@@ -105,6 +106,7 @@ def test_profile_changes_sizes_and_sources_but_never_the_method(arm, profile):
     exceptions = {
         ("improvement", "quick"): {"augment.flip"},  # no mirrored digits, and none of ImageNet's classes
         ("best", "quick"): {"augment.flip", "after.tta", "model.head_init"},
+        ("best", "offline"): {"augment.randaugment_ops"},
         ("best", "full"): {"train.start_size"},
     }
     assert changed - may_change == exceptions.get((arm, profile), set())
@@ -125,6 +127,15 @@ def test_presets_are_the_methods_of_the_study():
     model = IMPROVEMENT.model
     assert (model.trainable, model.head, model.dropout) == ("all", "attention", 0.2)
     assert (IMPROVEMENT.optim.schedule, IMPROVEMENT.augment.randaugment_ops) == ("cosine", 2)
+
+
+def test_the_best_preset_is_the_improvement_with_what_the_ablation_speaks_for():
+    changed = {name for name in field_names() if get(BEST, name) != get(IMPROVEMENT, name)}
+    assert changed == {
+        "arm", "model.backbone", "model.head", "model.head_init", "after.tta", "after.temperature",
+    }  # fmt: skip
+    full = preset("best", "full")
+    assert [full.size_at(epoch) for epoch in (0, 4, 8, 11)] == [192, 256, 288, 288]
 
 
 def test_presets_as_run_are_what_the_notebooks_ran():

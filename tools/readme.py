@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 from bench.tables import growth, hotspots, speed, steps
-from src.ablation.table import markdown, read_summary, write_summary
+from src.ablation.table import about, markdown, read_summary, read_table, write_summary
 
 ARMS = ("Baseline", "Improvement", "Best")
 HEADER = (
@@ -40,11 +40,12 @@ def results(root: Path) -> str:
 
 
 def ablation(root: Path) -> str:
-    """A line a row of the ablation."""
-    path = root / "results" / "ablation" / "summary.csv"
-    if not path.exists():
+    """What all rows of the ablation share, then a line a row."""
+    folder = root / "results" / "ablation"
+    if not (folder / "summary.csv").exists():
         return "not run yet: `make ablation`"
-    return markdown(read_summary(path), ("row", "valid", "difference", "verdict"))
+    table = markdown(read_summary(folder / "summary.csv"), ("row", "valid", "difference", "verdict"))
+    return f"{about(read_table(folder))}.\n\n{table}"
 
 
 PAGES = {
