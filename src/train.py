@@ -9,9 +9,10 @@ from __future__ import annotations
 import math
 import time
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
@@ -24,12 +25,14 @@ from src.config import Config
 from src.data.augment import mixing
 from src.data.batches import Batches, derived_seed
 from src.device import Device
+from src.model.attention import attention_entropy
 from src.model.build import Classifier
 from src.optim import L2SP, build_optimizer, class_weights, lr_at, set_lr
 from src.predict import autocast, image_bar, loss_and_accuracy, one_pass
 
 STEPS_BETWEEN_READS = 20  # the loss is read from the device this often, for the bar and the finite check
 DROPOUT_STREAM = 1  # tells the seeds of dropout apart from those of augmentation
+ATTENTION_IMAGES = 32  # of `holdout`, over which the entropy of attention is averaged
 
 
 @dataclass(frozen=True)
@@ -45,7 +48,8 @@ class FitData:
 class Progress:
     """Where a run stands: all of it goes into the checkpoint. Sums are over the examples of this epoch.
 
-    `history`: one row an epoch, counted from 1: losses, accuracies (fractions) and the rate factor.
+    `history`: one row an epoch, counted from 1: losses, accuracies (fractions), the rate factor, and of an
+    attention head its gate and the entropy of its weights.
     """
 
     epoch: int = 0
@@ -230,6 +234,7 @@ class Trainer:
                 "holdout_loss": holdout["loss"],
                 "holdout_accuracy": holdout["accuracy"],
                 "lr_factor": lr_at(last_step, train.epochs * len(self.data.fit), self.config.optim),
+                **self.attention_state(),
             }
         )
         if "soup" in self.averages and progress.epoch >= train.epochs - self.config.after.soup_epochs:
@@ -246,6 +251,29 @@ class Trainer:
         batches = self.data.holdout
         logits_NK = one_pass(self.forward, batches, self.device, "holdout")
         return loss_and_accuracy(logits_NK, batches.labels_N[batches.index_M])
+
+    def attention_state(self) -> dict[str, float]:
+        """`gate` and `attention_entropy` of an attention head; of several layers `gate_1`, `gate_2`, …
+
+        The entropy is the mean over the same images of `holdout` in every epoch, taken evenly from all of it.
+        """
+        attention, batches = self.model.attention, self.data.holdout
+        if attention is None:
+            return {}
+        self.model.eval()
+        chosen = np.linspace(0, batches.n_examples - 1, ATTENTION_IMAGES, dtype=int)
+        batches = replace(batches, index_M=batches.index_M[np.unique(chosen)])
+
+        def entropies(inputs: torch.Tensor) -> torch.Tensor:
+            map_BCHW = inputs if self.data.cached else self.model.features(inputs)
+            return torch.stack([attention_entropy(w) for w in attention.weights(map_BCHW)], dim=1)
+
+        entropies_L = one_pass(entropies, batches, self.device, "attention").mean(0, dtype=float)
+        state = {}
+        for layer, (gate, entropy) in enumerate(zip(attention.gates, entropies_L, strict=True), 1):
+            number = f"_{layer}" if len(entropies_L) > 1 else ""
+            state |= {f"gate{number}": gate.item(), f"attention_entropy{number}": float(entropy)}
+        return state
 
     @property
     def soup(self) -> State | None:

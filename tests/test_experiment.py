@@ -281,10 +281,10 @@ def test_valid_is_scored_once_and_trained_on_never(pets, weights, tmp_path, monk
     assert np.isin(after[:-8], setup.splits.holdout_N).all()  # what comes after is chosen there, too
     if protocol == "holdout":
         assert not np.isin(in_training, valid).any() and not np.isin(after[:-8], valid).any()
-        assert len(in_training) == epochs * 24
+        assert len(in_training) == epochs * (18 + 6 + 6)  # holdout for its score and for attention's entropy
     else:  # chosen on valid, as the study did: once an epoch, and all of train is trained on
-        assert np.isin(in_training, valid).sum() == epochs * 8
-        assert len(in_training) == epochs * (24 + 8)
+        assert np.isin(in_training, valid).sum() == epochs * (8 + 8)
+        assert len(in_training) == epochs * (24 + 8 + 8)
 
 
 @pytest.mark.parametrize("scale", [1.0, 0.25])

@@ -34,6 +34,7 @@ from src.model.attention import (
     CrossAttention,
     OneTokenAttention,
     SpatialAttention,
+    attention_entropy,
     offset_bias,
 )
 from src.model.build import Classifier, build_model, gmacs, layer_numbers, make_trainable, start_classifier
@@ -246,6 +247,55 @@ def test_cross_attention_is_multi_head_attention(n_queries):
     out = ours(x)
     assert out.shape == (3 * n_queries, C, 1, 1)
     torch.testing.assert_close(out.view(3, n_queries, C), expected_BQC, atol=1e-5, rtol=1e-5)
+
+
+# ------------------------------------------------------------------------------------ attention weights
+
+
+def values_of(projected_BTC: torch.Tensor, heads: int) -> torch.Tensor:
+    """(B,T,C) -> (B, heads, T, C / heads)."""
+    return projected_BTC.unflatten(2, (heads, -1)).transpose(1, 2)
+
+
+@pytest.mark.parametrize("window", [None, (3, 5)])
+def test_weights_of_spatial_attention_times_values_are_what_a_layer_adds(window):
+    torch.manual_seed(0)
+    C, heads, x = 24, 4, torch.randn(2, 24, 3, 5)
+    ours = randomised(SpatialAttention(C, heads, n_layers=2, window=window), std=0.5)
+    weights, tokens = ours.weights(x), tokens_of(x)
+    assert len(weights) == len(ours.gates) == 2
+    for layer, gate, weights_BHTT in zip(ours.layers, ours.gates, weights, strict=True):
+        assert weights_BHTT.shape == (2, heads, 15, 15) and gate is layer.gate
+        torch.testing.assert_close(weights_BHTT.sum(-1), torch.ones(2, heads, 15))
+        mixed = weights_BHTT @ values_of(layer.qkv(layer.norm(tokens))[..., 2 * C :], heads)
+        out = layer(tokens, (3, 5))
+        expected = layer.gate * layer.proj(mixed.transpose(1, 2).flatten(2))
+        torch.testing.assert_close(out - tokens, expected, atol=1e-5, rtol=1e-4)
+        uniform = layer.gate * layer.proj(mixed.mean(2, keepdim=True).transpose(1, 2).flatten(2))
+        assert (expected - uniform).abs().max() > 0.01
+        tokens = out
+
+
+@pytest.mark.parametrize("n_queries", [1, 5])
+def test_weights_of_cross_attention_times_values_are_what_it_adds(n_queries):
+    torch.manual_seed(0)
+    C, heads, x = 24, 4, torch.randn(3, 24, 2, 5)
+    ours, tokens = randomised(CrossAttention(C, heads, n_queries), std=1.0), tokens_of(x)
+    (weights_BHQT,) = ours.weights(x)
+    assert weights_BHQT.shape == (3, heads, n_queries, 10) and ours.gates == [ours.gate]
+    torch.testing.assert_close(weights_BHQT.sum(-1), torch.ones(3, heads, n_queries))
+    mixed = weights_BHQT @ values_of(ours.kv(ours.norm(tokens))[..., C:], heads)
+    added = ours(x).view(3, n_queries, C) - tokens.mean(1, keepdim=True)
+    expected = ours.gate * mixed.transpose(1, 2).flatten(2)
+    torch.testing.assert_close(added, expected, atol=1e-5, rtol=1e-4)
+
+
+def test_entropy_of_attention():
+    """log 2 / log 4 where two of four tokens share the weight."""
+    uniform, one, two = [0.25] * 4, [1.0, 0, 0, 0], [0, 0.5, 0, 0.5]
+    weights_BHQT = torch.tensor([[[uniform, one], [one, one]], [[two, two], [two, uniform]]])
+    assert attention_entropy(weights_BHQT).tolist() == pytest.approx([0.25, 0.625])
+    assert attention_entropy(torch.ones(3, 2, 1, 1)).tolist() == [0, 0, 0]
 
 
 def test_a_class_s_logit_depends_on_its_query_alone(tmp_path):

@@ -9,6 +9,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import scipy.stats
 import tiny
 import torch
 from hypothesis import given, settings
@@ -348,6 +349,83 @@ def test_history_is_sums_over_rows(tmp_path):
         assert row["fit_accuracy"] == pytest.approx(fit_correct.mean())
         assert row["holdout_loss"] == pytest.approx(nll.mean(), rel=1e-5)
         assert row["holdout_accuracy"] == pytest.approx(correct.mean())
+
+
+def attention_columns(tmp_path, config, change=lambda model: None, **fields) -> list[dict]:
+    """What the history says of the attention of a model that `change` was done to."""
+    subject = trainer(tmp_path, config, **fields)
+    change(subject.model)
+    while not subject.finished:
+        subject.train_epoch()
+        subject.end_epoch()
+    known = {"epoch", "fit_loss", "fit_accuracy", "holdout_loss", "holdout_accuracy", "lr_factor"}
+    assert all(known <= row.keys() for row in subject.progress.history)
+    return [{k: row[k] for k in row.keys() - known} for row in subject.progress.history]
+
+
+def set_queries(model, value: float) -> None:
+    """Let all tokens ask for the same, `value` in every channel; open the gates."""
+    for layer in model.attention.layers:
+        torch.nn.init.zeros_(layer.qkv.weight[: layer.qkv.in_features])
+        torch.nn.init.constant_(layer.gate, 0.3)
+        with torch.no_grad():
+            layer.qkv.bias[: layer.qkv.in_features] = value
+
+
+STILL = {"optim__lr": 0.0, "optim__head_lr": 0.0, "train__epochs": 2}
+
+
+def test_history_says_where_attention_stands(tmp_path, monkeypatch):
+    """At a rate of zero the gate stays and the entropy is that of torch's own module, over chosen images."""
+    monkeypatch.setattr(train, "ATTENTION_IMAGES", 3)  # the first, the middle and the last of 11
+    config, built = tiny.config(**PLAIN, **STILL), tiny.build(tmp_path, head="attention")
+    set_queries(built.model, 40.0)
+    layer, holdout = built.model.eval().attention.layers[0], tiny.fit_data(built, config).holdout
+    rows = holdout.index_M[[0, 5, 10]]
+    with torch.no_grad():
+        features = built.model.features(holdout.preprocess(torch.from_numpy(holdout.rows[rows])))
+        tokens = layer.norm(features.flatten(2).transpose(1, 2))
+        C = tokens.shape[2]
+        module = torch.nn.MultiheadAttention(C, layer.heads, batch_first=True).eval()
+        module.in_proj_weight.copy_(layer.qkv.weight)
+        module.in_proj_bias.copy_(layer.qkv.bias)
+        _, weights = module(tokens, tokens, tokens, average_attn_weights=False)
+    entropy = scipy.stats.entropy(weights.double().numpy(), axis=-1) / np.log(4)
+    assert entropy.mean() < 0.99 and np.ptp(entropy.mean((1, 2))) > 1e-4  # not uniform, nor the same in all
+    said = attention_columns(tmp_path, config, lambda model: set_queries(model, 40.0))
+    expected = {"gate": pytest.approx(0.3), "attention_entropy": pytest.approx(entropy.mean(), rel=1e-5)}
+    assert said == [expected, expected]
+
+
+def test_uniform_attention_has_an_entropy_of_one_in_every_layer(tmp_path):
+    one = {"gate": pytest.approx(0.3), "attention_entropy": pytest.approx(1.0, abs=1e-6)}
+    config = tiny.config(**PLAIN, **{**STILL, "train__epochs": 1})
+    assert attention_columns(tmp_path, config, lambda model: set_queries(model, 0.0)) == [one]
+    two = {f"{name}_{layer}": value for name, value in one.items() for layer in (1, 2)}
+    (tmp_path / "two").mkdir()
+    uniform = attention_columns(
+        tmp_path / "two", config, lambda model: set_queries(model, 0.0), attention_layers=2
+    )
+    assert uniform == [two]
+
+
+@pytest.mark.parametrize(("head", "said"), [("cross_attention", True), ("plain", False), ("as_run", False)])
+def test_only_attention_over_positions_has_a_gate_in_the_history(tmp_path, head, said):
+    config = tiny.config(train__epochs=1, optim__head_lr=1e-2)
+    (row,) = attention_columns(tmp_path, config, head=head)
+    assert set(row) == ({"gate", "attention_entropy"} if said else set())
+    if said:
+        assert row["gate"] != 0 and row["attention_entropy"] == pytest.approx(1, abs=1e-3)  # small queries
+
+
+def test_the_gate_in_the_history_is_the_average_s(tmp_path):
+    config = tiny.config(train__epochs=1, train__ema_decay=0.6, optim__head_lr=1e-2)
+    subject = trainer(tmp_path, config, backbone=tiny.EFFICIENTNET)
+    subject.train_epoch()
+    subject.end_epoch()
+    own = subject.model.attention.layers[0].gate.item()
+    kept = subject.best_state["attention.layers.0.gate"].item()
+    assert subject.progress.history[0]["gate"] == kept != own
 
 
 def test_training_learns_with_the_whole_recipe(tmp_path):
@@ -720,12 +798,13 @@ def test_checkpoint_interval(tmp_path, monkeypatch):
     assert saved == {0.0: [1, 2, 3, 3], 60.0: [3]}
 
 
-def test_cached_features_train_the_same_head(tmp_path, monkeypatch):
+@pytest.mark.parametrize("head", ["plain", "attention"])
+def test_cached_features_train_the_same_head(tmp_path, monkeypatch, head):
     """`Batches` of features instead of images, the backbone never run again."""
-    config = tiny.config(**PLAIN, model__trainable="none", model__head="plain")
+    config = tiny.config(**PLAIN, model__trainable="none", model__head=head)
     assert config.augment == AugmentConfig()
     model, progress = run(tmp_path, config)
-    built = tiny.build(tmp_path, head="plain", trainable="none")
+    built = tiny.build(tmp_path, head=head, trainable="none")
     images = tiny.fit_data(built, config)
     with torch.no_grad():
         features = built.model.features(built.preprocess(torch.from_numpy(images.fit.rows))).numpy()

@@ -7,6 +7,8 @@ attention over the single pooled vector. `ChannelGate` is the SCRA of the fine-g
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -41,12 +43,26 @@ class SpatialAttention(nn.Module):
     def no_weight_decay(self) -> set[str]:
         return {name for name, _ in self.named_parameters() if name.endswith("position_bias")}
 
+    @property
+    def gates(self) -> list[nn.Parameter]:
+        """The gate of every layer."""
+        return [layer.gate for layer in self.layers]
+
     def forward(self, map_BCHW: torch.Tensor) -> torch.Tensor:
         """(B,C,H,W) -> (B,C,H,W)."""
         tokens_BTC = map_BCHW.flatten(2).transpose(1, 2)
         for layer in self.layers:
             tokens_BTC = layer(tokens_BTC, map_BCHW.shape[2:])
         return tokens_BTC.transpose(1, 2).reshape(map_BCHW.shape)
+
+    def weights(self, map_BCHW: torch.Tensor) -> list[torch.Tensor]:
+        """Attention weights (B, heads, T, T) of every layer: how much a query (row) takes of each token."""
+        tokens_BTC, weights = map_BCHW.flatten(2).transpose(1, 2), []
+        for layer in self.layers:
+            q, k, _, bias = layer.attention_inputs(tokens_BTC, map_BCHW.shape[2:])
+            weights.append(attention_weights(q, k, bias))
+            tokens_BTC = layer(tokens_BTC, map_BCHW.shape[2:])
+        return weights
 
 
 class AttentionLayer(nn.Module):
@@ -69,12 +85,34 @@ class AttentionLayer(nn.Module):
 
     def forward(self, tokens_BTC: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
         """(B,T,C) -> (B,T,C), the T tokens of a map of `size` (H,W)."""
+        mixed = F.scaled_dot_product_attention(*self.attention_inputs(tokens_BTC, size))
+        mixed_BTC = mixed.transpose(1, 2).reshape(tokens_BTC.shape)
+        return tokens_BTC + self.gate * self.dropout(self.proj(mixed_BTC))
+
+    def attention_inputs(
+        self, tokens_BTC: torch.Tensor, size: tuple[int, int]
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """Queries, keys and values, each (B, heads, T, C / heads), and the bias (heads, T, T) or None."""
         B, T, C = tokens_BTC.shape
         qkv = self.qkv(self.norm(tokens_BTC)).view(B, T, 3, self.heads, C // self.heads)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, heads, T, C / heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)
         bias = None if self.position_bias is None else offset_bias(self.position_bias, *size).to(q.dtype)
-        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
-        return tokens_BTC + self.gate * self.dropout(self.proj(mixed.transpose(1, 2).reshape(B, T, C)))
+        return q, k, v, bias
+
+
+def attention_weights(q: torch.Tensor, k: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """softmax(q kᵀ / √d + bias), (..., Q, T): what `scaled_dot_product_attention` never writes down."""
+    scores = q / math.sqrt(q.shape[-1]) @ k.transpose(-2, -1)  # divided first: the product fits 16 bits
+    return (scores if bias is None else scores + bias).softmax(-1)
+
+
+def attention_entropy(weights_BHQT: torch.Tensor) -> torch.Tensor:
+    """(B, heads, Q, T) -> (B,): entropy of the weights over log T, mean over heads and queries.
+
+    1 is the uniform average over all tokens, 0 a single token (and where there is but one).
+    """
+    entropy_BHQ = torch.special.entr(weights_BHQT).sum(-1)
+    return entropy_BHQ.mean((1, 2)) / math.log(max(weights_BHQT.shape[-1], 2))
 
 
 def offset_bias(table: torch.Tensor, height: int, width: int) -> torch.Tensor:
@@ -115,17 +153,32 @@ class CrossAttention(nn.Module):
     def no_weight_decay(self) -> set[str]:
         return {"query"}
 
+    @property
+    def gates(self) -> list[nn.Parameter]:
+        """The one gate."""
+        return [self.gate]
+
     def forward(self, map_BCHW: torch.Tensor) -> torch.Tensor:
         """(B,C,H,W) -> (B·Q,C,1,1): maps of one position, the queries of an image next to each other."""
-        B, C, H, W = map_BCHW.shape
+        B, C = map_BCHW.shape[:2]
         tokens_BTC = map_BCHW.flatten(2).transpose(1, 2)
-        kv = self.kv(self.norm(tokens_BTC)).view(B, H * W, 2, self.heads, C // self.heads)
-        k, v = kv.permute(2, 0, 3, 1, 4)  # each (B, heads, T, C / heads)
-        q = self.query.view(self.n_queries, self.heads, -1).transpose(0, 1).expand(B, -1, -1, -1)
-        attended = F.scaled_dot_product_attention(q.to(k.dtype), k, v)  # (B, heads, Q, C / heads)
+        attended = F.scaled_dot_product_attention(*self.attention_inputs(tokens_BTC))
         attended_BQC = attended.transpose(1, 2).reshape(B, self.n_queries, C)
         summary_BQC = tokens_BTC.mean(1, keepdim=True) + self.gate * self.dropout(attended_BQC)
         return summary_BQC.reshape(B * self.n_queries, C, 1, 1)
+
+    def weights(self, map_BCHW: torch.Tensor) -> list[torch.Tensor]:
+        """Attention weights (B, heads, Q, T) of the one layer: how much a query takes of each token."""
+        q, k, _ = self.attention_inputs(map_BCHW.flatten(2).transpose(1, 2))
+        return [attention_weights(q, k)]
+
+    def attention_inputs(self, tokens_BTC: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Queries (B, heads, Q, C / heads), keys and values, each (B, heads, T, C / heads)."""
+        B, T, C = tokens_BTC.shape
+        kv = self.kv(self.norm(tokens_BTC)).view(B, T, 2, self.heads, C // self.heads)
+        k, v = kv.permute(2, 0, 3, 1, 4)
+        q = self.query.view(self.n_queries, self.heads, -1).transpose(0, 1).expand(B, -1, -1, -1)
+        return q.to(k.dtype), k, v
 
 
 class ChannelGate(nn.Module):
