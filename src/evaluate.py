@@ -18,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from scipy.sparse import csr_array, vstack
 from scipy.special import logsumexp
 from sklearn.metrics import f1_score
 from statsmodels.stats.contingency_tables import mcnemar
@@ -29,7 +30,9 @@ from src.files import write_atomically
 N_BINS = 15  # of the calibration error, as in Guo et al. 2017
 N_EXTREMES = 5  # best and worst classes that `score` names
 EXACT_BELOW = 25  # discordant pairs below which McNemar's test is the exact binomial one
-NUMBERS = {"Index": int, "Confidence": float, "True_Rank": int, "Loss": float}
+N_RESAMPLES, BOOTSTRAP_SEED = 2000, 0
+RESAMPLES_AT_ONCE = 100  # 8 MB of counts at 10,000 rows
+NUMBERS = {"Index": int, "Confidence": float, "Calibrated_Confidence": float, "True_Rank": int, "Loss": float}
 TRUTH_VALUES = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}
 
 
@@ -75,6 +78,17 @@ def prediction_frame(
             "Image_Id": [str(image_id) for image_id in image_ids],
         }
     )
+
+
+def with_calibrated_confidence(
+    frame: pd.DataFrame, logits_NK: np.ndarray, temperature: float
+) -> pd.DataFrame:
+    """`prediction_frame`'s table with the confidence of the same answers, their logits over `temperature`."""
+    scaled_NK = np.asarray(logits_NK, np.float64) / temperature
+    confidence_N = np.exp(scaled_NK.max(axis=1) - logsumexp(scaled_NK, axis=1)).round(6)
+    frame = frame.copy()
+    frame.insert(frame.columns.get_loc("Confidence") + 1, "Calibrated_Confidence", confidence_N)
+    return frame
 
 
 def _require_usable(logits_NK: np.ndarray, labels_N: np.ndarray, image_ids: Sequence[str]) -> None:
@@ -151,6 +165,11 @@ def _require(good_N: np.ndarray, path: Path, frame: pd.DataFrame, name: str, wan
         )
 
 
+def is_right(frame: pd.DataFrame) -> np.ndarray:
+    """(N,) bool, from the classes."""
+    return (frame["Ground_Truth"] == frame["Prediction"]).to_numpy()
+
+
 def wilson(n_correct: int, n: int) -> tuple[float, float]:
     """95 % interval of a proportion (Wilson 1927)."""
     low, high = proportion_confint(n_correct, n, alpha=0.05, method="wilson")
@@ -169,11 +188,12 @@ def accuracy(correct_N: np.ndarray) -> dict:
 def score(frame: pd.DataFrame) -> dict:
     """All numbers of one prediction table, as plain Python values.
 
-    `macro_f1` is over the classes present in the truth. `top5_accuracy`, `loss` (mean cross-entropy) and
-    `ece` (expected calibration error, Guo et al. 2017, 15 equal bins) where the table has their columns.
+    `macro_f1` is over the classes present in the truth. Where the table has their columns: `top5_accuracy`,
+    `loss` (mean cross-entropy), `ece` (expected calibration error, Guo et al. 2017, 15 equal bins) and
+    `ece_calibrated`, the same of `Calibrated_Confidence`.
     """
     truth_N, predicted_N = frame["Ground_Truth"], frame["Prediction"]
-    scores = accuracy((truth_N == predicted_N).to_numpy())
+    scores = accuracy(is_right(frame))
     present = np.unique(truth_N)
     f1 = f1_score(truth_N, predicted_N, labels=present, average="macro", zero_division=0)
     scores["macro_f1"] = float(f1)
@@ -181,8 +201,9 @@ def score(frame: pd.DataFrame) -> dict:
         scores["top5_accuracy"] = float((frame["True_Rank"] < 5).mean())
     if "Loss" in frame:
         scores["loss"] = float(frame["Loss"].mean())
-    if "Confidence" in frame:
-        scores["ece"] = calibration_error(frame["Confidence"].to_numpy(), (truth_N == predicted_N).to_numpy())
+    for column, name in (("Confidence", "ece"), ("Calibrated_Confidence", "ece_calibrated")):
+        if column in frame:
+            scores[name] = calibration_error(frame[column].to_numpy(), is_right(frame))
     table = per_class(frame)[["name", "accuracy", "n"]].sort_values("accuracy", kind="stable")
     scores["worst_classes"] = table.head(N_EXTREMES).to_dict("records")
     best = table.sort_values("accuracy", ascending=False, kind="stable")
@@ -192,9 +213,26 @@ def score(frame: pd.DataFrame) -> dict:
 
 def calibration_error(confidence_N: np.ndarray, correct_N: np.ndarray) -> float:
     """Mean distance of confidence and accuracy over bins (low, high], weighted by their rows."""
-    bins_N = np.clip(np.ceil(confidence_N * N_BINS).astype(int) - 1, 0, N_BINS - 1)
-    gaps = np.bincount(bins_N, weights=confidence_N - correct_N, minlength=N_BINS)
+    gaps = np.bincount(_bins(confidence_N), weights=confidence_N - correct_N, minlength=N_BINS)
     return float(np.abs(gaps).sum() / len(confidence_N))
+
+
+def _bins(confidence_N: np.ndarray) -> np.ndarray:
+    return np.clip(np.ceil(confidence_N * N_BINS).astype(int) - 1, 0, N_BINS - 1)
+
+
+def reliability(frame: pd.DataFrame, column: str = "Confidence") -> pd.DataFrame:
+    """A row a bin of `column`'s calibration error, empty ones left out: how sure, and how often right.
+
+    `low` < confidence <= `high`, mean `confidence`, then accuracy with its interval and counts. The mean of
+    |confidence - accuracy| weighted by n is `calibration_error`. The table of DeGroot and Fienberg 1983.
+    """
+    rows = [
+        {"low": k / N_BINS, "high": (k + 1) / N_BINS, "confidence": inside[column].mean()}
+        | accuracy(is_right(inside))
+        for k, inside in frame.groupby(_bins(frame[column].to_numpy()))
+    ]
+    return pd.DataFrame(rows)
 
 
 def class_texts(frame: pd.DataFrame, kind: str = "Name") -> dict:
@@ -234,8 +272,8 @@ def compare(a: pd.DataFrame, b: pd.DataFrame) -> dict:
     Rows are paired by `Image_Id` where both have it, else by order. Raises `SetupError` where they are
     not the same images with the same truth.
     """
-    a, b, paired_by = _paired(a, b)
-    right_a, right_b = ((t["Ground_Truth"] == t["Prediction"]).to_numpy() for t in (a, b))
+    a, b, paired_by = paired(a, b)
+    right_a, right_b = is_right(a), is_right(b)
     both, only_a = int((right_a & right_b).sum()), int((right_a & ~right_b).sum())
     only_b, neither = int((~right_a & right_b).sum()), int((~right_a & ~right_b).sum())
     exact = only_a + only_b < EXACT_BELOW
@@ -260,8 +298,8 @@ def compare(a: pd.DataFrame, b: pd.DataFrame) -> dict:
     }
 
 
-def _paired(a: pd.DataFrame, b: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame, str]:
-    """Both tables in the order of `a`."""
+def paired(a: pd.DataFrame, b: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame, str]:
+    """Both tables in the order of `a`, and what paired them; see `compare`."""
     if len(a) != len(b):
         raise SetupError(
             f"the tables have {len(a)} and {len(b)} rows; only those of the same images compare."
@@ -307,6 +345,79 @@ def paired_interval(both: int, only_a: int, only_b: int, neither: int) -> tuple[
     return difference - distance(p_b - low_b, high_a - p_a), difference + distance(high_b - p_b, p_a - low_a)
 
 
+def paired_bootstrap(a: pd.DataFrame, b: pd.DataFrame) -> dict[str, dict]:
+    """Numbers of `score` -> `difference` b - a, `low` and `high` of its 95 % percentile interval.
+
+    Efron and Tibshirani 1993, chapters 8 and 13: images are drawn with replacement, `N_RESAMPLES` times from
+    a fixed seed, the same ones in both tables, which are paired as in `compare`. Numbers whose columns a
+    table lacks are left out. A resample has fewer distinct images, hence a larger calibration error: the
+    interval of `ece` is rough.
+    """
+    a, b, _ = paired(a, b)
+    codes_M, classes = pd.factorize(pd.concat([a["Ground_Truth"], a["Prediction"], b["Prediction"]]))
+    truth_N, said_by_a_N, said_by_b_N = np.split(codes_M, 3)
+    terms_a = _terms(a, truth_N, said_by_a_N, len(classes))
+    terms_b = _terms(b, truth_N, said_by_b_N, len(classes))
+    shared, n = [name for name in terms_a if name in terms_b], len(a)
+
+    def differences(counts_NR: np.ndarray) -> np.ndarray:
+        return np.stack(
+            [
+                _number(name, terms_b[name], counts_NR) - _number(name, terms_a[name], counts_NR)
+                for name in shared
+            ]
+        )
+
+    rng, drawn = np.random.default_rng(BOOTSTRAP_SEED), []
+    for _ in range(0, N_RESAMPLES, RESAMPLES_AT_ONCE):
+        rows_RN = rng.integers(n, size=(RESAMPLES_AT_ONCE, n))
+        drawn.append(differences(np.stack([np.bincount(rows_N, minlength=n) for rows_N in rows_RN], axis=1)))
+    lows, highs = np.quantile(np.concatenate(drawn, axis=1), [0.025, 0.975], axis=1)
+    values = differences(np.ones((n, 1)))[:, 0]
+    return {
+        name: {"difference": float(value), "low": float(low), "high": float(high)}
+        for name, value, low, high in zip(shared, values, lows, highs, strict=True)
+    }
+
+
+def _terms(frame: pd.DataFrame, truth_N: np.ndarray, said_N: np.ndarray, n_classes: int) -> dict:
+    """What each number of `score` adds up over images: name -> (terms, N)."""
+    rows_N, right_N = np.arange(len(frame)), truth_N == said_N
+
+    def by(group_N: np.ndarray, values_N: np.ndarray, n_groups: int) -> csr_array:
+        return csr_array((values_N.astype(float), (group_N, rows_N)), shape=(n_groups, len(frame)))
+
+    def total(values_N: np.ndarray) -> csr_array:
+        return csr_array(values_N.astype(float)[None, :])
+
+    one_N = np.ones(len(frame))
+    hits_truths_answers = [
+        by(truth_N, right_N, n_classes),
+        by(truth_N, one_N, n_classes),
+        by(said_N, one_N, n_classes),
+    ]
+    terms = {"accuracy": total(right_N), "macro_f1": vstack(hits_truths_answers, format="csr")}
+    if "True_Rank" in frame:
+        terms["top5_accuracy"] = total((frame["True_Rank"] < 5).to_numpy())
+    if "Loss" in frame:
+        terms["loss"] = total(frame["Loss"].to_numpy())
+    if "Confidence" in frame:
+        confidence_N = frame["Confidence"].to_numpy()
+        terms["ece"] = by(_bins(confidence_N), confidence_N - right_N, N_BINS)
+    return terms
+
+
+def _number(name: str, terms: csr_array, counts_NR: np.ndarray) -> np.ndarray:
+    """(R,) values of a number of `score`, for how often each image occurs in each of R resamples."""
+    sums_MR, n = terms @ counts_NR, len(counts_NR)
+    if name == "macro_f1":
+        hits_KR, truths_KR, answers_KR = np.split(sums_MR, 3)
+        f1_KR = 2 * hits_KR / np.maximum(truths_KR + answers_KR, 1)
+        present_KR = truths_KR > 0
+        return (f1_KR * present_KR).sum(axis=0) / present_KR.sum(axis=0)
+    return np.abs(sums_MR).sum(axis=0) / n  # one sum that is not negative, or the gaps of the bins
+
+
 def percent(value: float) -> str:
     return f"{100 * value:.2f} %"
 
@@ -321,7 +432,7 @@ def score_text(path: str, scores: dict) -> str:
     ]
     if "top5_accuracy" in scores:
         lines.append(("top-5", percent(scores["top5_accuracy"])))
-    lines += [(key, f"{scores[key]:.4f}") for key in ("loss", "ece") if key in scores]
+    lines += [(key, f"{scores[key]:.4f}") for key in ("loss", "ece", "ece_calibrated") if key in scores]
     for kind in ("worst", "best"):
         for i, c in enumerate(scores[f"{kind}_classes"]):
             title = "" if i else f"{kind} classes"

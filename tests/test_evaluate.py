@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pandas.testing import assert_frame_equal
 from scipy import stats
+from sklearn.calibration import calibration_curve
 
 from src import SetupError, evaluate
 from src.evaluate import compare, prediction_frame, read_predictions, score, write_predictions
@@ -307,3 +308,70 @@ def test_command_line(tmp_path, capsys):
     with pytest.raises(SystemExit) as exit_:
         evaluate.main(paths * 2)
     assert exit_.value.code == 2
+
+
+def test_reliability_against_scikit_learn_and_the_calibration_error():
+    frame = frame_of(*make(500, gain=2.5))
+    table = evaluate.reliability(frame)
+    accuracy_B, confidence_B = calibration_curve(frame["Is_Correct"], frame["Confidence"], n_bins=15)
+    np.testing.assert_allclose(table["accuracy"], accuracy_B)
+    np.testing.assert_allclose(table["confidence"], confidence_B)
+    ece = np.average((table["confidence"] - table["accuracy"]).abs(), weights=table["n"])
+    assert ece == pytest.approx(score(frame)["ece"], abs=1e-12)
+    assert table["n"].sum() == 500 and table["n_correct"].sum() == frame["Is_Correct"].sum()
+    assert ((table["low"] < table["confidence"]) & (table["confidence"] <= table["high"])).all()
+    for row in table.itertuples():
+        interval = stats.binomtest(row.n_correct, row.n).proportion_ci(0.95, "wilson")
+        assert (row.wilson_low, row.wilson_high) == pytest.approx(tuple(interval))
+
+
+def test_reliability_leaves_empty_bins_out_and_bounds_belong_to_the_bin_below():
+    frame = pd.DataFrame({"Ground_Truth": 0, "Prediction": [0, 1, 0], "Confidence": [0.2, 0.201, 1.0]})
+    table = evaluate.reliability(frame)
+    assert table[["low", "high"]].to_numpy().tolist() == [[2 / 15, 0.2], [0.2, 4 / 15], [14 / 15, 1]]
+    assert table["accuracy"].tolist() == [1, 0, 1] and table["n"].tolist() == [1, 1, 1]
+
+
+def test_paired_bootstrap_against_scipy_and_the_closed_form():
+    a, b = frame_of(*make(1000, seed=1, gain=1.5)), frame_of(*make(1000, seed=1, gain=2.2))
+    found = evaluate.paired_bootstrap(a, b)["accuracy"]
+    right_a, right_b = evaluate.is_right(a), evaluate.is_right(b)
+    expected = stats.bootstrap(
+        (right_a, right_b),
+        lambda x, y, axis: y.mean(axis) - x.mean(axis),
+        paired=True,
+        method="percentile",
+        n_resamples=4000,
+        random_state=np.random.default_rng(3),
+    ).confidence_interval
+    assert found["difference"] == pytest.approx(right_b.mean() - right_a.mean(), abs=1e-12)
+    assert (found["low"], found["high"]) == pytest.approx(tuple(expected), abs=0.0025)
+    closed = compare(a, b)
+    expected = closed["difference_low"], closed["difference_high"]
+    assert (found["low"], found["high"]) == pytest.approx(expected, abs=0.0025)
+    unpaired = 2 * 1.96 * math.sqrt(right_a.var() / 1000 + right_b.var() / 1000)
+    assert found["high"] - found["low"] < 0.75 * unpaired
+
+
+def test_paired_bootstrap_of_every_number_against_plain_resampling(monkeypatch):
+    monkeypatch.setattr(evaluate, "N_RESAMPLES", 24)
+    monkeypatch.setattr(evaluate, "RESAMPLES_AT_ONCE", 12)
+    a, b = frame_of(*make(30, 9, seed=4, gain=1.0)), frame_of(*make(30, 9, seed=4, gain=2.0))
+    found = evaluate.paired_bootstrap(a, b.sample(frac=1, random_state=0))
+    assert sorted(found) == ["accuracy", "ece", "loss", "macro_f1", "top5_accuracy"]
+    rows_RN = np.random.default_rng(evaluate.BOOTSTRAP_SEED).integers(30, size=(24, 30))
+    drawn = [(score(a.iloc[rows_N]), score(b.iloc[rows_N])) for rows_N in rows_RN]
+    for name, value in found.items():
+        low, high = np.quantile([after[name] - before[name] for before, after in drawn], [0.025, 0.975])
+        expected = {"difference": score(b)[name] - score(a)[name], "low": low, "high": high}
+        assert value == pytest.approx(expected, abs=1e-12), name
+
+
+def test_paired_bootstrap_of_plain_tables():
+    a, b = tables(50, 3, 12, 5)
+    names = ["cat", "dog"]
+    text = [t.assign(**{c: t[c].map(dict(enumerate(names))) for c in t}) for t in (a, b)]
+    assert evaluate.paired_bootstrap(a, b) == evaluate.paired_bootstrap(*text)
+    assert sorted(evaluate.paired_bootstrap(a, b)) == ["accuracy", "macro_f1"]
+    with pytest.raises(SetupError, match="70 and 69 rows"):
+        evaluate.paired_bootstrap(a, b.iloc[1:])
