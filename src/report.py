@@ -47,9 +47,9 @@ def write_arm(
     holdout_loss, holdout_accuracy), `metadata` what is known of the run. metrics.json is written last.
     """
     scores = score(frame)
-    metrics = _rounded({"arm": prefix, **scores, **metadata, **scores})  # scores first, and never overwritten
-    table, n_classes = per_class(frame), _n_classes(frame, metadata)
-    names = _class_names(frame, n_classes)
+    metrics = rounded({"arm": prefix, **scores, **metadata, **scores})  # scores first, and never overwritten
+    table, n_classes = per_class(frame), n_classes_of(frame, metadata)
+    names = class_names_of(frame, n_classes)
     counts_KK = confusion(frame, n_classes)
     note = footer(metadata)
 
@@ -83,7 +83,7 @@ def write_comparison(results: Path) -> dict | None:
     results = Path(results)
     json_path, png_path = results / "comparison.json", results / "comparison.png"
     try:
-        (a, about_a), (b, about_b) = (_read_arm(results, arm) for arm in ("baseline", "improvement"))
+        (a, about_a), (b, about_b) = (read_arm(results, arm) for arm in ("baseline", "improvement"))
         compared = compare(a, b)
     except (FileNotFoundError, SetupError) as error:
         for stale in (json_path, png_path):
@@ -104,14 +104,14 @@ def write_comparison(results: Path) -> dict | None:
         "classes_gained": changes[changes["change"] > 0].head(N_SAMPLES).to_dict("records"),
         "classes_lost": changes[changes["change"] < 0].iloc[::-1].head(N_SAMPLES).to_dict("records"),
     }
-    comparison = _rounded(comparison)
+    comparison = rounded(comparison)
     notes = list(dict.fromkeys(footer(about) for about in (about_a, about_b)))
     save(comparison_figure(comparison, "\n".join(notes)), png_path)
     write_json(json_path, comparison)
     return comparison
 
 
-def _read_arm(results: Path, arm: str) -> tuple[pd.DataFrame, dict]:
+def read_arm(results: Path, arm: str) -> tuple[pd.DataFrame, dict]:
     """Predictions and metrics of an arm. Raises `FileNotFoundError` where it has not run."""
     folder = results / arm.capitalize()
     predictions, metrics = folder / f"{arm}_validation_predictions.csv", folder / "metrics.json"
@@ -157,12 +157,12 @@ def write_csv(table: pd.DataFrame, path: Path, index: bool = False) -> None:
     )
 
 
-def _rounded(value: object) -> object:
+def rounded(value: object) -> object:
     """The same data with plain Python values and floats of `DIGITS` significant digits."""
     if isinstance(value, dict):
-        return {str(key): _rounded(item) for key, item in value.items()}
+        return {str(key): rounded(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_rounded(item) for item in value]
+        return [rounded(item) for item in value]
     if isinstance(value, np.generic):
         value = value.item()
     if isinstance(value, float):
@@ -170,11 +170,11 @@ def _rounded(value: object) -> object:
     return value
 
 
-def _n_classes(frame: pd.DataFrame, metadata: dict) -> int:
+def n_classes_of(frame: pd.DataFrame, metadata: dict) -> int:
     largest = int(frame[["Ground_Truth", "Prediction"]].to_numpy().max())
     return max(int(metadata.get("n_classes", 0)), largest + 1)
 
 
-def _class_names(frame: pd.DataFrame, n_classes: int) -> list[str]:
+def class_names_of(frame: pd.DataFrame, n_classes: int) -> list[str]:
     names = class_texts(frame)
     return [names.get(label, f"class {label}") for label in range(n_classes)]

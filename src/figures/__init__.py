@@ -5,7 +5,16 @@ Classes appear by name, and every figure carries the footer (`note`) that says w
 
 from src.figures.arm import N_SAMPLES, class_samples, right_and_wrong, training_curve
 from src.figures.comparison import comparison_figure
-from src.figures.confusion import confusion_figure, similarity_order
+from src.figures.confusion import confusion_blocks, confusion_figure, similarity_order
+from src.figures.errors import (
+    changes_figure,
+    class_accuracy_figure,
+    confidence_figure,
+    confused_pairs_figure,
+    reliability_figure,
+    superclass_figure,
+    suspects_figure,
+)
 from src.figures.recipe import ablation_figure, lr_figure
 from src.figures.style import Images, clean
 
@@ -13,12 +22,20 @@ __all__ = [
     "N_SAMPLES",
     "Images",
     "ablation_figure",
+    "changes_figure",
+    "class_accuracy_figure",
     "class_samples",
     "clean",
     "comparison_figure",
+    "confidence_figure",
+    "confused_pairs_figure",
+    "confusion_blocks",
     "confusion_figure",
     "lr_figure",
+    "reliability_figure",
     "right_and_wrong",
     "similarity_order",
+    "superclass_figure",
+    "suspects_figure",
     "training_curve",
 ]

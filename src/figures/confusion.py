@@ -1,4 +1,4 @@
-"""The confusion matrix, small with every count or large and ordered by likeness."""
+"""The confusion matrix: small with every count, large and ordered by likeness, or in blocks."""
 
 from __future__ import annotations
 
@@ -7,11 +7,12 @@ import numpy as np
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.gridspec import GridSpec
+from matplotlib.patches import Rectangle
 from matplotlib.ticker import LogLocator, NullFormatter
 from scipy.cluster.hierarchy import leaves_list, linkage
 from scipy.spatial.distance import squareform
 
-from src.figures.style import DARK, GREY, blank_figure, clean, percent, styled
+from src.figures.style import BLUE, DARK, GREY, blank_figure, clean, percent, styled
 
 ANNOTATED_UP_TO = 30  # classes up to which every cell of the confusion matrix has its count
 N_LISTED = 15  # confusions named beside a larger matrix
@@ -55,6 +56,8 @@ def similarity_order(counts_KK: np.ndarray) -> np.ndarray:
 
     Average linkage over 1 - (mean share confused, either way), leaves ordered optimally (Bar-Joseph 2001).
     """
+    if len(counts_KK) < 2:
+        return np.arange(len(counts_KK))
     shares_KK = counts_KK / np.maximum(counts_KK.sum(axis=1, keepdims=True), 1)
     alike_KK = (shares_KK + shares_KK.T) / 2
     distance_KK = 1 - alike_KK
@@ -65,12 +68,53 @@ def similarity_order(counts_KK: np.ndarray) -> np.ndarray:
 @styled
 def _large_confusion(counts_KK: np.ndarray, names: list[str], note: str, title: str) -> Figure:
     order = similarity_order(counts_KK)
-    counts_KK, names = counts_KK[np.ix_(order, order)], [names[i] for i in order]
+    names = [names[i] for i in order]
+    figure, axes = _numbered_matrix(counts_KK[np.ix_(order, order)], names, note, title, 2.35)
+    ticks = np.arange(0, len(names), -(-len(names) // 25))
+    axes.set_yticks(ticks, [clean(names[i], 20) for i in ticks], fontsize=8)
+    caption = "Classes stand beside those they are taken for (average linkage, optimal leaf order);"
+    caption += f"\none in {ticks[1]} of the {len(names)} is named. Off the grey diagonal: errors."
+    axes.set_title(caption, fontsize=9, weight="normal")
+    return figure
+
+
+@styled
+def confusion_blocks(
+    counts_KK: np.ndarray, names: list[str], blocks: list[tuple[str, int]], note: str, title: str
+) -> Figure:
+    """A large confusion matrix whose classes stand in `blocks` (superclass, number of classes), in order."""
+    figure, axes = _numbered_matrix(counts_KK, names, note, f"{title}: confusion by superclass", 2.05)
+    sizes = np.array([size for _, size in blocks])
+    starts = np.cumsum(sizes) - sizes - 0.5
+    for start, size in zip(starts, sizes, strict=True):
+        axes.add_patch(Rectangle((start, start), size, size, fill=False, ec=BLUE, lw=1.1))
+    middles = starts + sizes / 2
+    places = _apart(middles.tolist(), 0.027 * len(names), len(names) - 1)
+    axes.set_yticks(places, [f"{clean(name, 24)}  {size}" for name, size in blocks], fontsize=8.5)
+    axes.tick_params(axis="y", length=0, pad=14)
+    for middle, place in zip(middles, places, strict=True):
+        line = axes.plot([-0.5, -0.025 * len(names)], [middle, place], color=GREY, lw=0.8, clip_on=False)
+        line[0].set_in_layout(False)
+    block_K = np.repeat(np.arange(len(sizes)), sizes)
+    inside = counts_KK[block_K[:, None] == block_K].sum()
+    n_right, n = np.trace(counts_KK), counts_KK.sum()
+    caption = "Superclasses after WordNet, with their number of classes."
+    if n > n_right:
+        share = percent(round((inside - n_right) / (n - n_right), 3))
+        caption += f"\n{share} of the {n - n_right:,} errors stay inside a frame: the superclass is right."
+    axes.set_title(caption, fontsize=9, weight="normal")
+    return figure
+
+
+def _numbered_matrix(
+    counts_KK: np.ndarray, names: list[str], note: str, title: str, matrix_width: float
+) -> tuple[Figure, mpl.axes.Axes]:
+    """The errors as a heat map in the given order, `matrix_width` times as wide as the list beside it."""
     n_classes, totals_K = len(names), counts_KK.sum(axis=1)
     shares_KK = counts_KK / np.maximum(totals_K[:, None], 1)
     wrong_KK = np.ma.masked_where((counts_KK == 0) | np.eye(n_classes, dtype=bool), shares_KK)
     figure = blank_figure(7.5, title, note)
-    grid = GridSpec(1, 2, figure, width_ratios=[2.35, 1])
+    grid = GridSpec(1, 2, figure, width_ratios=[matrix_width, 1])
     axes, listing = figure.add_subplot(grid[0]), figure.add_subplot(grid[1])
     smallest = 1 / max(totals_K.max(), 2)
     drawn = axes.imshow(
@@ -78,11 +122,10 @@ def _large_confusion(counts_KK: np.ndarray, names: list[str], note: str, title: 
         cmap="YlOrRd",
         norm=LogNorm(0.8 * smallest, max(wrong_KK.filled(0).max(), 5 * smallest)),
         aspect="equal",
+        interpolation="nearest",
     )
     axes.plot([-0.5, n_classes - 0.5], [-0.5, n_classes - 0.5], color="#C8D3DC", lw=1.5, zorder=1.5)
     axes.grid(False)
-    ticks = np.arange(0, n_classes, -(-n_classes // 25))
-    axes.set_yticks(ticks, [clean(names[i], 20) for i in ticks], fontsize=8)
     axes.set_xticks([])
     axes.set(
         ylabel="truth",
@@ -90,9 +133,6 @@ def _large_confusion(counts_KK: np.ndarray, names: list[str], note: str, title: 
         xlim=(-0.5, n_classes - 0.5),
         ylim=(n_classes - 0.5, -0.5),
     )
-    caption = "Classes stand beside those they are taken for (average linkage, optimal leaf order);"
-    caption += f"\none in {ticks[1]} of the {n_classes} is named. Off the grey diagonal: errors."
-    axes.set_title(caption, fontsize=9, weight="normal")
     bar = figure.colorbar(drawn, ax=axes, location="bottom", shrink=0.75, aspect=40, pad=0.01)
     axes.set_anchor("N")
     bar.set_label("share of the true class's images, logarithmic", fontsize=9)
@@ -102,7 +142,7 @@ def _large_confusion(counts_KK: np.ndarray, names: list[str], note: str, title: 
     listed = _strongest(wrong_KK.filled(0))
     _number_cells(axes, listed, n_classes)
     _list_confusions(listing, [(names[i], names[j], counts_KK[i, j], totals_K[i]) for i, j in listed])
-    return figure
+    return figure, axes
 
 
 def _strongest(wrong_KK: np.ndarray) -> list[tuple[int, int]]:
@@ -117,16 +157,11 @@ def _number_cells(axes: mpl.axes.Axes, cells: list[tuple[int, int]], n_classes: 
     gap, away = 0.042 * n_classes, 0.06 * n_classes
     for side in (1, -1):
         numbered = [(i + j, j - i, k) for k, (i, j) in enumerate(cells, 1) if (j > i) == (side > 0)]
-        places, last = {}, -gap
-        for along, _, k in sorted(numbered):
-            places[k] = last = max(along / 2, last + gap)
-        limit = n_classes - gap
-        for _, _, k in sorted(numbered, reverse=True):
-            places[k] = min(places[k], limit)
-            limit = places[k] - gap
-        for along, across, k in numbered:
+        numbered.sort()
+        places = _apart([along / 2 for along, _, _ in numbered], gap, n_classes - gap)
+        for place, (along, across, k) in zip(places, numbered, strict=True):
             half = across / 2 + side * away
-            x, y = places[k] + half, places[k] - half
+            x, y = place + half, place - half
             x, y = np.clip([x, y], 2, n_classes - 3)
             axes.annotate(
                 str(k),
@@ -140,6 +175,17 @@ def _number_cells(axes: mpl.axes.Axes, cells: list[tuple[int, int]], n_classes: 
                 bbox={"boxstyle": "round,pad=0.12", "fc": "white", "ec": "none", "alpha": 0.8},
                 arrowprops={"arrowstyle": "-", "color": GREY, "lw": 0.8, "shrinkA": 1, "shrinkB": 1},
             )
+
+
+def _apart(wanted: list[float], gap: float, end: float) -> list[float]:
+    """Places from 0 to `end`, near those wanted (in ascending order) and at least `gap` from each other."""
+    places, last, limit = [], -gap, end
+    for place in wanted:
+        places.append(last := max(place, last + gap))
+    for k in reversed(range(len(places))):
+        places[k] = min(places[k], limit)
+        limit = places[k] - gap
+    return places
 
 
 def _list_confusions(axes: mpl.axes.Axes, confusions: list[tuple[str, str, int, int]]) -> None:
