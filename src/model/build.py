@@ -41,6 +41,10 @@ PACKAGE_TAG = "tf_efficientnet_lite0.in1k"
 MLP_WIDTH = 512  # of the custom head's hidden layer
 
 
+class NoImageNetRowsError(SetupError):
+    """The weights' classifier, or the data's classes, are not ImageNet's."""
+
+
 class Classifier(nn.Module):
     """Backbone -> (attention on its feature map) -> its pooling and norm -> (neck) -> dropout -> classifier.
 
@@ -373,7 +377,7 @@ def _first_classifier(head_init: str, backbone: nn.Module, wnids: tuple[str, ...
     imagenet = {wnid: index for index, wnid in enumerate(ImageNetInfo().label_names())}
     strangers = [wnid for wnid in wnids if wnid not in imagenet]
     if strangers or old.out_features != len(imagenet):
-        raise SetupError(
+        raise NoImageNetRowsError(
             f"model.head_init = 'pretrained_rows' needs a 1000-way ImageNet classifier (this one has "
             f"{old.out_features} rows) and classes that are ImageNet's "
             f"(not: {', '.join(strangers[:5]) or 'none'}). Use probe, random or zero."
