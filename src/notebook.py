@@ -13,9 +13,11 @@ from matplotlib.figure import Figure
 from PIL import Image as Pillow
 from torch import nn
 
+from src import SetupError
 from src.data.augment import augment
 from src.evaluate import per_class
-from src.experiment import Result, Setup
+from src.experiment import Result, Setup, configure, finished_run, run
+from src.explain import write_explanations
 from src.files import read_json
 
 WIDTH = 900  # pixels: as wide as a notebook's column, and an executed copy stays well below 1 MB
@@ -133,6 +135,20 @@ def conclusion(result: Result) -> Markdown:
             "step works; it says nothing about ConvNeXt or Tiny-ImageNet."
         )
     return Markdown("\n\n".join(lines))
+
+
+def where_it_looks(result: Result) -> list[Markdown | Image]:
+    """Both arms' maps on the same images; a hint where the baseline's run is not there."""
+    setup, config = result.setup, result.setup.config
+    overrides = {"data.protocol": config.data.protocol, "train.seed": config.train.seed}
+    baseline = configure("baseline", config.profile, config.data.path, overrides)
+    try:
+        finished_run(baseline, setup.paths)
+    except SetupError as error:
+        return [Markdown(f"*This needs both arms:* {error}")]
+    folder = write_explanations(run(baseline, setup.paths), result)
+    names = ("where_it_looks.png", "attention_over_training.png")
+    return [small_image(folder / name) for name in names if (folder / name).exists()]
 
 
 def comparison(result: Result) -> list[Markdown | Image]:
