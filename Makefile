@@ -12,9 +12,12 @@ PY := $(VENV)/bin/python
 READY := $(VENV)/.ready
 
 settings = profile='$(PROFILE)' protocol='$(PROTOCOL)' data_dir='$(DATA)' seed='$(SEED)'
+run = $(PY) -m src.experiment $(1) --profile '$(PROFILE)' --protocol '$(PROTOCOL)' --seed '$(SEED)' \
+	$(if $(DATA),--data '$(DATA)') $(ARGS)
 
 .DEFAULT_GOAL := help
-.PHONY: help quick baseline improvement ablation test slow bench check format notebooks readme clean
+.PHONY: help quick baseline improvement ablation audit analysis explain report paper slides \
+	test slow bench check format notebooks readme clean
 
 help:  ## List the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -32,8 +35,25 @@ improvement: $(READY)  ## Run the improvement notebook (same settings)
 	@$(PY) -m tools.execute Improvement results $(settings)
 
 ablation: $(READY)  ## Measure what each ingredient is worth (PROFILE=offline DATA= ARGS=)
-	@$(PY) -m src.experiment ablation --profile '$(PROFILE)' --protocol '$(PROTOCOL)' \
-		$(if $(DATA),--data '$(DATA)') $(ARGS)
+	@$(call run,ablation)
+
+audit: $(READY)  ## Look for copies among the images; ask what the pretrained weights know (same settings)
+	@$(call run,audit)
+
+analysis: $(READY)  ## Say what both arms get wrong, from their predictions (same settings)
+	@$(call run,analysis)
+
+explain: $(READY)  ## Show where both arms look; their runs must be finished (same settings)
+	@$(call run,explain)
+
+report: $(READY)  ## Write results/report.html, one page of everything under results/
+	@$(PY) -m src.experiment report
+
+paper: $(READY)  ## Compile paper/Final_Paper.pdf from results/
+	@$(PY) -m tools.documents paper
+
+slides: $(READY)  ## Compile presentation/Final_Presentation.pdf, and its Indonesian edition
+	@$(PY) -m tools.documents slides
 
 test: $(READY)  ## Run the test suite (ARGS= goes to pytest)
 	@$(PY) -m pytest $(ARGS)

@@ -1,18 +1,14 @@
-"""`run(config, paths) -> Result`, and the command line.
+"""`run(config, paths) -> Result`: an arm from data to report; `src.commands` is the command line.
 
     python -m src.experiment baseline --profile quick
     python -m src.experiment improvement --profile offline --data DIR
-    python -m src.experiment ablation --profile offline --data DIR
-    python -m src.experiment find_lr --preset improvement --profile offline --data DIR
-    python -m src.experiment soup --preset improvement --profile offline --data DIR --seeds 0,1,2
-    python -m src.experiment summary --results results/quick
+    python -m src.experiment --help
 
 The order of things, and nothing else: data, model, training, what comes after it, prediction, report.
 """
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
 import time
@@ -27,7 +23,7 @@ from tqdm.auto import tqdm
 
 from src import SetupError
 from src import config as configs
-from src.after import improve
+from src.after import best_temperature, improve
 from src.average import copied
 from src.config import Config
 from src.data.batches import Batches, to_device
@@ -44,8 +40,8 @@ if TYPE_CHECKING:
     import pandas as pd
 
 DATA_VARIABLE = "TINY_IMAGENET_DIR"
-COMMANDS = ("ablation", "find_lr", "soup", "summary")
-FINISHED = ("model.safetensors", "facts.json", "history.json", "valid_logits.npy")  # what a run leaves
+# What a run leaves.
+FINISHED = ("model.safetensors", "facts.json", "history.json", "holdout_logits.npy", "valid_logits.npy")
 
 
 @dataclass(frozen=True)
@@ -141,6 +137,18 @@ def run(config: Config, paths: Paths) -> Result:
         raise SetupError(f"{weights} is damaged ({error}). Delete it and run again.") from None
     setup.model.eval()
     return write_results(setup)
+
+
+def finished_run(config: Config, paths: Paths) -> Path:
+    """The run's folder. Raises `SetupError` with the command to run where the run is not finished."""
+    folder = paths.runs / config.run_name
+    if missing := [name for name in FINISHED if not (folder / name).exists()]:
+        raise SetupError(
+            f"{shown(folder)} holds no finished run ({missing[0]} is missing): run it first, "
+            f"`python -m src.experiment {config.arm} --profile {config.profile} --seed {config.train.seed}`, "
+            "with the same --data and --runs."
+        )
+    return folder
 
 
 def claim_run_folder(setup: Setup) -> None:
@@ -303,16 +311,17 @@ def write_results(setup: Setup) -> Result:
     import pandas as pd
 
     from src import report
-    from src.evaluate import prediction_frame
+    from src.evaluate import prediction_frame, with_calibrated_confidence
 
     store, splits, folder = setup.store, setup.splits, setup.run_folder
-    predictions = prediction_frame(
-        np.load(folder / "valid_logits.npy"),
-        store.labels_N[splits.valid_N],
-        store.image_ids_N[splits.valid_N],
-        store.wnids,
-        store.class_names,
-    )
+    facts, valid_NK = read_json(folder / "facts.json"), np.load(folder / "valid_logits.npy")
+    labels_N, image_ids_N = store.labels_N[splits.valid_N], store.image_ids_N[splits.valid_N]
+    predictions = prediction_frame(valid_NK, labels_N, image_ids_N, store.wnids, store.class_names)
+    if splits.protocol == "holdout":  # else the images that would fit the temperature are those it is told of
+        holdout_NK = np.load(folder / "holdout_logits.npy")
+        temperature = best_temperature(holdout_NK, store.labels_N[splits.holdout_N])
+        predictions = with_calibrated_confidence(predictions, valid_NK, temperature)
+        facts["calibration_temperature"] = temperature
     history = pd.DataFrame(read_json(folder / "history.json"))
 
     def images(rows: np.ndarray) -> np.ndarray:
@@ -320,7 +329,6 @@ def write_results(setup: Setup) -> Result:
 
     arm = setup.config.arm
     target = setup.paths.results_of(arm)
-    facts = read_json(folder / "facts.json")
     metrics = report.write_arm(target, arm, predictions, history, facts, images)
     report.write_comparison(setup.paths.results)
     return Result(setup, metrics, predictions, history, target)
@@ -338,22 +346,6 @@ def require_writable(folder: Path) -> None:
             f"folder {folder} cannot be written to ({error.strerror}). "
             "Choose another with --results, --runs or --cache."
         ) from None
-
-
-def summary(results: Path) -> str:
-    """A line an arm: accuracy with its interval, seconds, folder."""
-    found = [(path.parent, read_json(path)) for path in sorted(results.glob("*/metrics.json"))]
-    if not found:
-        raise SetupError(f"no metrics.json in the folders of {results}: run an arm first.")
-    width = max(12, *(len(m["arm"]) for _, m in found))
-    lines = [f"{'arm':<{width}} {'accuracy':>8}  {'95 % interval':<18} {'seconds':>7}  folder"]
-    for folder, m in found:
-        interval = f"[{m['wilson_low']:.2%}, {m['wilson_high']:.2%}]"
-        seconds = m["seconds"]["total"]
-        lines.append(
-            f"{m['arm']:<{width}} {m['accuracy']:>8.2%}  {interval:<18} {seconds:>7.0f}  {shown(folder)}"
-        )
-    return "\n".join(lines)
 
 
 def shown(path: Path) -> str:
@@ -376,82 +368,7 @@ def configure(
     return config
 
 
-def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m src.experiment", description=__doc__.split("\n")[0])
-    parser.add_argument(
-        "command", choices=[*configs.PRESETS, *COMMANDS], help="a preset to run, or a command"
-    )
-    parser.add_argument(
-        "--profile", default="full", help=f"one of: {', '.join(configs.PROFILES)} (default: full)"
-    )
-    parser.add_argument(
-        "--data", default="", help=f"local data instead of the profile's source (or {DATA_VARIABLE})"
-    )
-    parser.add_argument("--protocol", default="holdout", help="holdout (default) or published")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--results", default="", help="folder for what people read")
-    parser.add_argument("--runs", default="", help="folder for checkpoints and logits")
-    parser.add_argument("--cache", default="", help="folder for the decoded images and features")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="any config field")
-    parser.add_argument("--preset", default="improvement", help="for find_lr and soup (default: improvement)")
-    parser.add_argument("--rows", nargs="+", default=[], metavar="NAME", help="for ablation (default: all)")
-    parser.add_argument("--seeds", default="0,1,2", help="for ablation and soup (default: 0,1,2)")
-    return parser.parse_args(arguments)
-
-
-def obey(args: argparse.Namespace) -> str:
-    """Do what the command line asks for; what it says at the end."""
-    if args.command == "summary":
-        return summary(Path(args.results or "results"))
-    pairs = [item.partition("=") for item in args.set]
-    overrides = {"data.protocol": args.protocol, **{key: value for key, _, value in pairs}}
-    paths = Paths.of(args.profile, args.results, args.runs, args.cache)
-    if args.command == "ablation":
-        from src.ablation.run import run_ablation
-
-        seeds = read_seeds(args.seeds)
-        folder = run_ablation(args.profile, args.data, paths, args.rows, seeds, overrides)
-        return (folder / "summary.md").read_text(encoding="utf-8")
-    arm = args.command if args.command in configs.PRESETS else args.preset
-    config = configure(arm, args.profile, args.data, {"train.seed": args.seed, **overrides})
-    if args.command == "find_lr":
-        from src.lr_finder import find_lr
-
-        folder, factor = find_lr(config, paths)
-        lr, head_lr = factor * config.optim.lr, factor * config.optim.head_lr
-        return f"steepest fall at optim.lr = {lr:.2g}, optim.head_lr = {head_lr:.2g}; see {shown(folder)}"
-    if args.command == "soup":
-        from src.soup import soup_of_seeds
-
-        folder, scores = soup_of_seeds(config, read_seeds(args.seeds), paths)
-        lines = [
-            f"{name:<8} holdout {s['holdout']['accuracy']:.2%}  valid {s['valid']['accuracy']:.2%}"
-            for name, s in scores.items()
-            if name != "chosen"
-        ]
-        return "\n".join([*lines, f"chosen on holdout: {scores['chosen']}"])
-    run(config, paths)
-    return summary(paths.results)
-
-
-def read_seeds(text: str) -> list[int]:
-    try:
-        return [int(part) for part in text.split(",")]
-    except ValueError:
-        raise SetupError(
-            f"--seeds {text!r} cannot be read; write numbers with commas, such as 0,1,2."
-        ) from None
-
-
-def main(arguments: list[str] | None = None) -> int:
-    """The command line; a `SetupError` is one message and exit status 2."""
-    try:
-        print(obey(parse_arguments(arguments)))
-    except SetupError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
-
-
 if __name__ == "__main__":
+    from src.commands import main
+
     sys.exit(main())

@@ -15,7 +15,7 @@ from src import SetupError
 from src.after import Predictor, measure_statistics
 from src.average import load, mean
 from src.config import Config, with_fields
-from src.experiment import FINISHED, Paths, claim_run_folder, make_batches, prepare, require_writable, shown
+from src.experiment import Paths, claim_run_folder, finished_run, make_batches, prepare, require_writable
 from src.files import write_json
 from src.predict import loss_and_accuracy
 
@@ -31,7 +31,7 @@ def soup_of_seeds(config: Config, seeds: Sequence[int], paths: Paths) -> tuple[P
     if len(seeds) < 2:
         raise SetupError(f"a soup needs two runs or more; --seeds gave {seeds}.")
     configs = [with_fields(config, {"train.seed": seed}) for seed in seeds]
-    folders = [_finished_run(config, paths) for config in configs]
+    folders = [finished_run(config, paths) for config in configs]
     folder = paths.results_of(config.arm)
     require_writable(folder)
     setup = prepare(configs[0], paths)
@@ -58,13 +58,3 @@ def soup_of_seeds(config: Config, seeds: Sequence[int], paths: Paths) -> tuple[P
     scores["chosen"] = max(named, key=lambda name: scores[name]["holdout"]["accuracy"])
     write_json(folder / "soup.json", scores)
     return folder, scores
-
-
-def _finished_run(config: Config, paths: Paths) -> Path:
-    folder = paths.runs / config.run_name
-    if missing := [name for name in FINISHED if not (folder / name).exists()]:
-        raise SetupError(
-            f"{shown(folder)} holds no finished run ({missing[0]} is missing): run that seed first, e.g. "
-            f"`python -m src.experiment {config.arm} --profile {config.profile} --seed {config.train.seed}`."
-        )
-    return folder

@@ -29,8 +29,9 @@ from src.ablation.table import (
     write_summary,
     write_words,
 )
+from src.commands import main
 from src.config import PROFILES, Config, field_names, get, preset
-from src.experiment import configure, main
+from src.experiment import configure
 from src.figures import ablation_figure
 from src.report import write_csv
 from src.train import Trainer

@@ -16,17 +16,21 @@ import torch
 from conftest import MINI_COUNTS, MINI_WNIDS
 from PIL import Image
 from safetensors.torch import load_file
+from scipy.optimize import minimize_scalar
+from scipy.special import softmax
+from sklearn.metrics import log_loss
 
 from src import SetupError, checkpoint, experiment, train
 from src.average import copied
+from src.commands import main
 from src.config import preset, with_fields
 from src.data import sources
 from src.data.batches import Batches
+from src.data.store import load_store
 from src.experiment import (
     Paths,
     claim_run_folder,
     configure,
-    main,
     make_batches,
     prepare,
     run,
@@ -133,8 +137,6 @@ def test_metrics_are_those_of_the_csv(both_arms, arm):
 
 def test_predictions_are_the_saved_model_s(both_arms, weights):
     """The CSV is what the best weights say of valid, row by row, computed here from the stored pieces."""
-    from src.data.store import load_store
-
     folder, _ = both_arms
     built = tiny.build(folder, wnids=tuple(sorted(MINI_WNIDS)), head="attention", weights=str(weights))
     state = load_file(next((folder / "runs").glob("improvement*/model.safetensors")))
@@ -160,6 +162,58 @@ def test_comparison_and_summary(both_arms, capsys):
     assert main(["summary", "--results", str(folder / "results")]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 3 and all(f"{a:.2%}" in line for a, line in zip(accuracies, lines[1:], strict=True))
+
+
+@pytest.mark.parametrize("arm", ARMS)
+def test_the_calibrated_confidence_is_of_a_temperature_fitted_on_holdout(both_arms, arm):
+    folder, _ = both_arms
+    run_folder = next((folder / "runs").glob(f"{arm}*"))
+    holdout_NK, valid_NK = (np.load(run_folder / f"{name}_logits.npy") for name in ("holdout", "valid"))
+    store = load_store(next(path for path in (folder / "cache" / "stores").iterdir() if path.is_dir()))
+    label_of = {f"{d:016x}": k for d, k in zip(store.digests_N.tolist(), store.labels_N, strict=True)}
+    labels_N = [label_of[digest] for digest in read_json(run_folder / "splits.json")["holdout"]]
+    assert len(labels_N) == len(holdout_NK) == 18
+
+    def loss(log_temperature: float) -> float:
+        return log_loss(labels_N, softmax(holdout_NK / np.exp(log_temperature), axis=1))
+
+    fitted = np.exp(minimize_scalar(loss, bounds=np.log([1 / 20, 20]), method="bounded").x)
+    results = folder / "results" / arm.capitalize()
+    temperature = read_json(results / "metrics.json")["calibration_temperature"]
+    assert temperature == pytest.approx(fitted, rel=1e-3) and temperature != 1
+    table = pd.read_csv(results / f"{arm}_validation_predictions.csv")
+    expected = softmax(valid_NK / temperature, axis=1).max(axis=1)
+    np.testing.assert_allclose(table["Calibrated_Confidence"], expected, atol=1e-5)
+
+
+def test_under_the_published_protocol_nothing_is_left_to_fit_a_temperature_on(pets, weights, tmp_path):
+    result = run(own(pets, weights, data__protocol="published"), paths(tmp_path))
+    assert "Calibrated_Confidence" not in result.predictions
+    assert "calibration_temperature" not in result.metrics and "ece_calibrated" not in result.metrics
+
+
+def test_what_is_made_of_both_arms(both_arms, mini_counts, weights, capsys):
+    """Audit, analysis, maps and page, by the command line, from what the two runs left."""
+    folder, _ = both_arms
+    data, results = folder / "tiny-imagenet-200", folder / "results"
+    for command, written in (
+        ("audit", "data/audit.json"),
+        ("analysis", "analysis/analysis.json"),
+        ("explain", "explain/where_it_looks.png"),
+        ("report", "report.html"),
+    ):
+        assert main(arguments(folder, command, data, small(weights))) == 0
+        assert (results / written).exists() and "see " in capsys.readouterr().out
+    used = read_json(results / "analysis" / "analysis.json")["source_sha256"]
+    assert used == read_json(results / "explain" / "explain.json")["source_sha256"] and len(used) == 2
+
+
+def test_what_is_made_of_other_data_is_refused(both_arms, pets, weights, tmp_path, capsys):
+    folder, _ = both_arms
+    said = refused(capsys, arguments(folder, "analysis", pets, small(weights)))
+    assert "not of the images of" in said and "--data" in said
+    said = refused(capsys, arguments(tmp_path, "explain", pets, small(weights)))
+    assert "holds no finished run" in said and "src.experiment baseline" in said
 
 
 def test_a_finished_run_is_loaded_not_trained(both_arms, mini_counts, weights, monkeypatch):
@@ -415,7 +469,7 @@ import os, signal, sys
 import torch
 torch.set_num_threads(1)
 from src import checkpoint, train
-from src.experiment import main
+from src.commands import main
 train.STEPS_BETWEEN_READS = 2
 survives, save, saved = int(sys.argv[1]), checkpoint.save, []
 

@@ -14,7 +14,7 @@ from test_experiment import arguments, own, paths, refused, small
 from test_report import assert_legible, said
 
 from src import SetupError, lr_finder
-from src.experiment import main
+from src.commands import main
 from src.figures import lr_figure
 from src.lr_finder import find_lr, steepest, sweep
 from src.train import Trainer

@@ -14,8 +14,9 @@ from sklearn.metrics import accuracy_score, log_loss
 from test_experiment import arguments, own, paths, refused, small, trained
 
 from src import SetupError, experiment, soup
+from src.commands import main
 from src.config import with_fields
-from src.experiment import FINISHED, main
+from src.experiment import FINISHED
 from src.soup import soup_of_seeds
 
 SEEDS = (0, 1)

@@ -1,0 +1,203 @@
+"""The command line, `python -m src.experiment COMMAND`: a preset to run, or what is made of runs.
+
+baseline, improvement, best, ...   run a preset: train, score `valid` once, write its results
+ablation                           run the grid of ingredients, row by row
+find_lr                            the learning rates at which the loss falls most steeply
+soup                               average the finished runs of several seeds
+audit                              copies among the images; what the pretrained weights know of them
+analysis                           what baseline and improvement get wrong
+explain                            where their models look
+report                             results/report.html, a page of all results
+summary                            a line an arm
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from src import SetupError
+from src import config as configs
+from src.config import Config
+from src.data.splits import make_splits
+from src.experiment import DATA_VARIABLE, Paths, configure, finished_run, open_data, run, shown
+from src.files import read_json
+
+ARMS = ("baseline", "improvement")
+
+
+def obey(args: argparse.Namespace) -> str:
+    """Do what the command line asks for; what it says at the end."""
+    if args.command in COMMANDS:
+        return COMMANDS[args.command](args)
+    paths = paths_of(args)
+    run(config_of(args, args.command), paths)
+    return summary(paths.results)
+
+
+def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m src.experiment",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "command",
+        choices=[*configs.PRESETS, *COMMANDS],
+        help="a preset to run, or a command",
+        metavar="COMMAND",
+    )
+    parser.add_argument(
+        "--profile", default="full", help=f"one of: {', '.join(configs.PROFILES)} (default: full)"
+    )
+    parser.add_argument(
+        "--data", default="", help=f"local data instead of the profile's source (or {DATA_VARIABLE})"
+    )
+    parser.add_argument("--protocol", default="holdout", help="holdout (default) or published")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--results", default="", help="folder for what people read")
+    parser.add_argument("--runs", default="", help="folder for checkpoints and logits")
+    parser.add_argument("--cache", default="", help="folder for the decoded images and features")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="any config field")
+    parser.add_argument("--preset", default="improvement", help="for find_lr and soup (default: improvement)")
+    parser.add_argument("--rows", nargs="+", default=[], metavar="NAME", help="for ablation (default: all)")
+    parser.add_argument("--seeds", default="0,1,2", help="for ablation and soup (default: 0,1,2)")
+    return parser.parse_args(arguments)
+
+
+def paths_of(args: argparse.Namespace) -> Paths:
+    return Paths.of(args.profile, args.results, args.runs, args.cache)
+
+
+def overrides_of(args: argparse.Namespace) -> dict[str, object]:
+    pairs = [item.partition("=") for item in args.set]
+    return {"data.protocol": args.protocol, **{key: value for key, _, value in pairs}}
+
+
+def config_of(args: argparse.Namespace, arm: str) -> Config:
+    return configure(arm, args.profile, args.data, {"train.seed": args.seed, **overrides_of(args)})
+
+
+def results_of(args: argparse.Namespace) -> Path:
+    """The folder of results, for commands that read nothing else."""
+    return Path(args.results or "results")
+
+
+def read_seeds(text: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise SetupError(
+            f"--seeds {text!r} cannot be read; write numbers with commas, such as 0,1,2."
+        ) from None
+
+
+# A function a command; each imports what it needs, so that none waits for the others' libraries. -------
+
+
+def ablation(args: argparse.Namespace) -> str:
+    from src.ablation.run import run_ablation
+
+    seeds, overrides = read_seeds(args.seeds), overrides_of(args)
+    folder = run_ablation(args.profile, args.data, paths_of(args), args.rows, seeds, overrides)
+    return (folder / "summary.md").read_text(encoding="utf-8")
+
+
+def find_lr(args: argparse.Namespace) -> str:
+    from src.lr_finder import find_lr
+
+    config = config_of(args, args.preset)
+    folder, factor = find_lr(config, paths_of(args))
+    lr, head_lr = factor * config.optim.lr, factor * config.optim.head_lr
+    return f"steepest fall at optim.lr = {lr:.2g}, optim.head_lr = {head_lr:.2g}; see {shown(folder)}"
+
+
+def soup(args: argparse.Namespace) -> str:
+    from src.soup import soup_of_seeds
+
+    _, scores = soup_of_seeds(config_of(args, args.preset), read_seeds(args.seeds), paths_of(args))
+    lines = [
+        f"{name:<8} holdout {s['holdout']['accuracy']:.2%}  valid {s['valid']['accuracy']:.2%}"
+        for name, s in scores.items()
+        if name != "chosen"
+    ]
+    return "\n".join([*lines, f"chosen on holdout: {scores['chosen']}"])
+
+
+def audit(args: argparse.Namespace) -> str:
+    from src.audit import audit_data
+
+    return f"see {shown(audit_data(config_of(args, 'baseline'), paths_of(args)))}"
+
+
+def analysis(args: argparse.Namespace) -> str:
+    from src.analysis import read_arms, read_superclasses, write_analysis
+
+    paths, config = paths_of(args), config_of(args, "improvement")
+    predicted, _, _ = read_arms(paths.results)
+    store = open_data(config, paths)
+    valid_N = make_splits(store, config.data).valid_N
+    if predicted["Image_Id"].tolist() != store.image_ids_N[valid_N].tolist():
+        raise SetupError(
+            f"the predictions under {paths.results} are not of the images of {store.manifest['source']}. "
+            "Name their data with --data, --profile and --protocol."
+        )
+    write_analysis(
+        paths.results, lambda rows: store.images[valid_N[rows]].transpose(0, 2, 3, 1), read_superclasses()
+    )
+    return f"see {shown(paths.results / 'analysis')}"
+
+
+def explain(args: argparse.Namespace) -> str:
+    from src.explain import write_explanations
+
+    paths, configs_of_arms = paths_of(args), [config_of(args, arm) for arm in ARMS]
+    for config in configs_of_arms:
+        finished_run(config, paths)
+    return f"see {shown(write_explanations(*(run(config, paths) for config in configs_of_arms)))}"
+
+
+def report(args: argparse.Namespace) -> str:
+    from src.page import write_page
+
+    return f"see {shown(write_page(results_of(args)))}"
+
+
+def summary(results: Path) -> str:
+    """A line an arm: accuracy with its interval, seconds, folder."""
+    found = [(path.parent, read_json(path)) for path in sorted(results.glob("*/metrics.json"))]
+    if not found:
+        raise SetupError(f"no metrics.json in the folders of {results}: run an arm first.")
+    width = max(12, *(len(m["arm"]) for _, m in found))
+    lines = [f"{'arm':<{width}} {'accuracy':>8}  {'95 % interval':<18} {'seconds':>7}  folder"]
+    for folder, m in found:
+        interval = f"[{m['wilson_low']:.2%}, {m['wilson_high']:.2%}]"
+        seconds = m["seconds"]["total"]
+        lines.append(
+            f"{m['arm']:<{width}} {m['accuracy']:>8.2%}  {interval:<18} {seconds:>7.0f}  {shown(folder)}"
+        )
+    return "\n".join(lines)
+
+
+COMMANDS: dict[str, Callable[[argparse.Namespace], str]] = {
+    "ablation": ablation,
+    "find_lr": find_lr,
+    "soup": soup,
+    "audit": audit,
+    "analysis": analysis,
+    "explain": explain,
+    "report": report,
+    "summary": lambda args: summary(results_of(args)),
+}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command line; a `SetupError` is one message and exit status 2."""
+    try:
+        print(obey(parse_arguments(arguments)))
+    except SetupError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
