@@ -17,6 +17,7 @@ from src.evaluate import compare, score
 from src.report import write_csv
 from tools import check, readme
 
+ROOT = Path(__file__).resolve().parents[1]
 URL = "https://github.com/someone/thing"
 BADGE = "[badge](https://colab.research.google.com/github/someone/thing/blob/main/notebook/N.ipynb)"
 README = f"""# Thing
@@ -46,6 +47,7 @@ def repo(tmp_path: Path) -> Path:
         "src/__init__.py": "",
         "src/model.py": "X = 1\n",
         "README.md": README,
+        "results/study.json": (ROOT / "results" / "study.json").read_text(encoding="utf-8"),
     }
     for name, text in files.items():
         write(tmp_path / name, text)
@@ -314,6 +316,23 @@ def test_the_readme_shows_the_best_arm_where_there_is_one(repo):
     write(repo / "results/Best/metrics.json", text.replace('"arm": "baseline"', '"arm": "best"'))
     lines = readme.results(repo).splitlines()
     assert [line.split(" | ")[0] for line in lines[-2:]] == ["| **Baseline, here**", "| **Best, here**"]
+
+
+def test_the_readme_says_what_the_study_reports(repo):
+    """Where its files say more than its slides, both; intervals as statsmodels has them."""
+    table = readme.results(repo)
+    assert "| Baseline, reported by the study | 82.61 % [81.85, 83.34] | `convnext_tiny.in12k" in table
+    assert (
+        "| 86.30 % (86.31 % by row [85.62, 86.97]) | `convnext_tiny.fb_in1k` (last stage trained) |" in table
+    )
+
+
+@pytest.mark.parametrize("name", ["analysis", "explain"])
+def test_what_was_made_of_other_predictions_is_named(repo, name):
+    assert check.derived(repo) == []
+    write(repo / f"results/{name}/{name}.json", json.dumps({"source_sha256": {"baseline": "0" * 64}}))
+    assert "other predictions" in (failure := check.derived(repo)[0])
+    assert f"results/{name}/{name}.json" in failure and f"src.experiment {name}`" in failure
 
 
 def test_sizes(repo, monkeypatch):

@@ -20,12 +20,15 @@ import nbformat
 from src import SetupError
 from src.ablation.table import read_table, write_words
 from src.evaluate import compare, read_predictions, score
+from src.page import read_results, render
 from tools import readme
 
 MAX_CODE_CELLS, MAX_CODE_LINES = 12, 60
 MEGABYTE = 1_000_000
 # Tracked files that may pass 1 MB, each with its reason; none may pass 10 MB.
-LARGE_FILES: dict[str, str] = {}
+LARGE_FILES: dict[str, str] = {
+    "results/report.html": "one file to open and to send: data, thumbnails and script lie inside",
+}
 # What the README may name though git holds no such file: what runs write, and the data set's own files.
 WRITTEN_BY_RUNS = (".venv/", "cache/", "runs/", "results/quick/")
 NOT_OURS = ("val_annotations.txt", "wnids.txt", "words.txt", "model.safetensors")
@@ -188,6 +191,17 @@ def ablation(root: Path) -> list[str]:
     return failures
 
 
+def derived(root: Path) -> list[str]:
+    """What is made of the predictions is made of these, the page and the documents of these results."""
+    from tools import documents  # which asks this module whether the results are sound
+
+    failures = [*documents.of_other_predictions(root), *documents.outdated(root)]
+    page = root / "results" / "report.html"
+    if page.exists() and page.read_text(encoding="utf-8") != render(read_results(page.parent)):
+        failures.append("results/report.html: is not of these results; run `make report`")
+    return failures
+
+
 def _differences(root: Path, name: str, counted: dict) -> list[str]:
     """Numbers that the JSON file `name` does not hold as they were counted anew."""
     said = json.loads((root / name).read_text(encoding="utf-8"))
@@ -232,7 +246,10 @@ def repo_url(root: Path) -> list[str]:
     return ["the repository has several addresses: " + ", ".join(f"{u} ({n})" for u, n in found.items())]
 
 
-CHECKS = (lint, notebooks, executed_copies, readme_names, readme_numbers, results, ablation, sizes, repo_url)
+CHECKS = (
+    *(lint, notebooks, executed_copies, readme_names, readme_numbers),
+    *(results, ablation, derived, sizes, repo_url),
+)
 
 
 def main(root: Path | None = None) -> int:

@@ -1,7 +1,8 @@
 """`make readme`: the tables of both README files, each written anew between two markers.
 
-Accuracies come from `results/*/metrics.json`, the ablation from `results/ablation/ablation.csv` (its summary
-is written anew as well), speeds from `bench/results/<hardware>/*.json`.
+Accuracies come from `results/*/metrics.json`, the study's own from `results/study.json`, the ablation from
+`results/ablation/ablation.csv` (its summary is written anew as well), speeds from
+`bench/results/<hardware>/*.json`.
 """
 
 from __future__ import annotations
@@ -12,18 +13,13 @@ from pathlib import Path
 
 from bench.tables import growth, hotspots, speed, steps
 from src.ablation.table import about, markdown, read_summary, read_table, write_summary
+from src.evaluate import wilson
 
 ARMS = ("Baseline", "Improvement", "Best")
 HEADER = (
     "| arm | accuracy, 95 % interval | backbone and weights | resolution | data, protocol | epochs "
     "| hardware, time |\n| --- | --- | --- | --- | --- | --- | --- |"
 )
-# As the study reports them; intervals by row from its prediction files, weights as its notebooks load them.
-REPORTED = """\
-| Baseline, reported by the study | 82.61 % [81.85, 83.34] | `convnext_tiny.in12k_ft_in1k` (frozen) | 224 px \
-| tiny-imagenet, `published` | best 1 of 6 | A100, 10.8 min |
-| Improvement, reported by the study | 86.30 % (86.31 by row [85.62, 86.97]) | `convnext_tiny.fb_in1k` \
-(stage 4 trained) | 224 px | tiny-imagenet, `published` | best 7 of 12 | A100, 52.2 min |"""
 TRAINED = {
     "none": "frozen",
     "last_stage": "last stage trained",
@@ -36,7 +32,9 @@ def results(root: Path) -> str:
     """The study's rows, then one row per arm in `results/`."""
     files = [root / "results" / arm / "metrics.json" for arm in ARMS]
     rows = [_row(json.loads(path.read_text(encoding="utf-8"))) for path in files if path.exists()]
-    return "\n".join([HEADER, REPORTED, *rows])
+    study = json.loads((root / "results" / "study.json").read_text(encoding="utf-8"))
+    reported = [_reported(arm, study[arm.lower()]) for arm in ARMS if arm.lower() in study]
+    return "\n".join([HEADER, *reported, *rows])
 
 
 def ablation(root: Path) -> str:
@@ -63,6 +61,25 @@ def rewritten(text: str, root: Path, page: str = "README.md") -> str:
             raise ValueError(f"{page} lacks the markers <!-- {name}:begin --> ... <!-- {name}:end -->")
         text = f"{before}{begin}\n{table(root)}\n{end}{after}"
     return text
+
+
+def _reported(arm: str, facts: dict) -> str:
+    """An arm as the study reports it; its interval is by row, from its prediction file."""
+    said = {key: fact["value"] for key, fact in facts.items()}
+    low, high = (100 * bound for bound in wilson(said["n_correct"], said["n"]))
+    reported, by_row = f"{said['valid_accuracy']:.2%}", f"{said['n_correct'] / said['n']:.2%}"
+    interval = f"[{low:.2f}, {high:.2f}]"
+    accuracy = f"{reported} {interval}" if reported == by_row else f"{reported} ({by_row} by row {interval})"
+    cells = (
+        f"{arm}, reported by the study",
+        accuracy.replace("%", " %"),
+        f"`{said['backbone']}` ({TRAINED[said['trained']]})",
+        f"{said['image_size']} px",
+        "tiny-imagenet, `published`",
+        f"best {said['best_epoch']} of {said['epochs']}",
+        f"{said['hardware']}, {said['minutes']:.1f} min",
+    )
+    return f"| {' | '.join(cells)} |"
 
 
 def _row(metrics: dict) -> str:
