@@ -29,6 +29,8 @@ git clone {URL}.git
 ```
 <!-- results:begin -->
 <!-- results:end -->
+<!-- audit:begin -->
+<!-- audit:end -->
 <!-- ablation:begin -->
 <!-- ablation:end -->
 <!-- speed:begin -->

@@ -1,8 +1,8 @@
 """`make readme`: the tables of both README files, each written anew between two markers.
 
-Accuracies come from `results/*/metrics.json`, the study's own from `results/study.json`, the ablation from
-`results/ablation/ablation.csv` (its summary is written anew as well), speeds from
-`bench/results/<hardware>/*.json`.
+Accuracies come from `results/*/metrics.json`, the study's own from `results/study.json`, the audit from
+`results/data/audit.json`, the ablation from `results/ablation/ablation.csv` (its summary is written anew as
+well), speeds from `bench/results/<hardware>/*.json`.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ HEADER = (
     "| arm | accuracy, 95 % interval | backbone and weights | resolution | data, protocol | epochs "
     "| hardware, time |\n| --- | --- | --- | --- | --- | --- | --- |"
 )
+PLACES = ("within_train", "within_valid", "between")
 TRAINED = {
     "none": "frozen",
     "last_stage": "last stage trained",
@@ -46,8 +47,40 @@ def ablation(root: Path) -> str:
     return f"{about(read_table(folder))}.\n\n{table}"
 
 
+def audit(root: Path) -> str:
+    """Copies among the images, and what the untouched pretrained classifier makes of them."""
+    path = root / "results" / "data" / "audit.json"
+    if not path.exists():
+        return "not run yet: `make audit`"
+    found = json.loads(path.read_text(encoding="utf-8"))
+    exact, near = found["copies"]["exact"], found["copies"]["near"]
+    conflicting = sum(exact[place]["conflicting_labels"] for place in PLACES)
+    lines = [
+        f"- **Copies.** {exact['images']} of {found['n']:,} images have a twin with exactly the same pixels: "
+        f"{exact['groups']} groups, of which {conflicting} carry two different labels and "
+        f"{exact['between']['groups']} span train and `valid`. {near['images']} more are near copies. "
+        f"{found['valid_copied_from_train']['either']} `valid` images are in train, too; without them "
+        + ", ".join(_without(arm, part) for arm, part in found["arms"].items())
+        + "."
+    ]
+    if found["pretraining"]:
+        known = found["pretraining"]["all"]
+        low, high = 100 * known["difference_low"], 100 * known["difference_high"]
+        lines.append(
+            f"- **What the weights know.** The untouched 1000-way classifier of `{found['backbone']}`, "
+            f"restricted to the data's classes, has {known['train']['accuracy']:.2%} of train and "
+            f"{known['valid']['accuracy']:.2%} of `valid` right at {found['image_size']} px: "
+            f"{100 * known['difference']:+.2f} points [{low:+.2f}, {high:+.2f}]."
+        )
+    return "\n".join(lines)
+
+
+def _without(arm: str, part: dict) -> str:
+    return f"{arm} has {part['without_copies']['accuracy']:.2%} instead of {part['all']['accuracy']:.2%}"
+
+
 PAGES = {
-    "README.md": {"results": results, "ablation": ablation, "speed": speed},
+    "README.md": {"results": results, "audit": audit, "ablation": ablation, "speed": speed},
     "bench/README.md": {"steps": steps, "growth": growth, "hotspots": hotspots},
 }
 
