@@ -88,19 +88,18 @@ def versions() -> dict[str, str]:
 
 
 def git_commit() -> str:
-    """The checkout's commit, with `-dirty` where tracked sources differ; `unknown` outside a checkout."""
-    root = Path(__file__).resolve().parent.parent
+    """The checkout's commit, with `-dirty` where a file of `src` differs; `unknown` outside a checkout."""
+    folder = Path(__file__).resolve().parent
+
+    def git(*arguments: str) -> str:
+        done = subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True, check=True)
+        return done.stdout.strip()
+
     try:
-        done = subprocess.run(
-            ["git", "describe", "--always", "--abbrev=12", "--exclude=*", "--dirty"],
-            cwd=root,
-            capture_output=True,
-            text=True,
-            check=True,
-        )
+        changed = git("status", "--short", "--untracked-files=no", ".")
+        return git("rev-parse", "--short=12", "HEAD") + ("-dirty" if changed else "")
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
-    return done.stdout.strip()
 
 
 def set_up_process() -> None:

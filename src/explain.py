@@ -30,7 +30,6 @@ from src.figures.explain import (
     MapColumn,
     attention_over_training,
     findings,
-    listed,
     where_it_looks,
 )
 from src.files import write_json
@@ -274,9 +273,8 @@ def map_columns(result: Result, rows_N: np.ndarray) -> list[MapColumn]:
     )
     columns = [MapColumn(arm, answer_NHW, frame, truth_NHW)]
     if model.attention is not None:
-        gates = listed(gate.item() for gate in model.attention.gates)
         maps_NHW = enlarged(_attention_maps(model, batches), SHOWN_PIXELS)
-        columns.append(MapColumn(f"attention,\ngate {gates}", maps_NHW))
+        columns.append(MapColumn("attention", maps_NHW))
     return columns
 
 

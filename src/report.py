@@ -147,7 +147,8 @@ def footer(metadata: dict) -> str:
 
 def save(figure: Figure, path: Path) -> None:
     """The figure as PNG, atomically."""
-    write_atomically(path, lambda partial: figure.savefig(partial, format="png", dpi=DPI))
+    options = {"format": "png", "dpi": DPI, "pil_kwargs": {"optimize": True}}
+    write_atomically(path, lambda partial: figure.savefig(partial, **options))
 
 
 def write_csv(table: pd.DataFrame, path: Path, index: bool = False) -> None:

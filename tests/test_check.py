@@ -337,6 +337,14 @@ def test_what_was_made_of_other_predictions_is_named(repo, name):
     assert f"results/{name}/{name}.json" in failure and f"src.experiment {name}`" in failure
 
 
+def test_an_audit_of_other_predictions_is_named(repo):
+    arms = {"Baseline": {"all": {"n_correct": 4}}}
+    write(repo / "results/data/audit.json", json.dumps({"arms": arms}))
+    assert check.derived(repo) == []
+    edit(repo / "results/data/audit.json", "4", "5")
+    assert "results/data/audit.json: is of other predictions than Baseline's" in check.derived(repo)[0]
+
+
 def test_sizes(repo, monkeypatch):
     (repo / "big.bin").write_bytes(bytes(1_000_001))
     assert len(check.sizes(repo)) == 1

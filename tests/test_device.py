@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import subprocess
 from types import SimpleNamespace
 
 import pytest
@@ -79,6 +81,23 @@ def test_what_is_recorded():
     assert versions["torch"] == torch.__version__.split("+")[0] or versions["torch"] == torch.__version__
     assert {"python", "timm", "torchvision", "accelerate", "numpy"} <= set(versions)
     assert device.git_commit()
+
+
+def test_the_commit_is_dirty_where_the_code_differs_and_not_where_results_do(tmp_path, monkeypatch):
+    """A run writes results; the next one is of the same commit."""
+    (tmp_path / "src").mkdir()
+    (tmp_path / "src" / "device.py").write_text("")
+    (tmp_path / "metrics.json").write_text("{}")
+    identity = ["-c", "user.name=a", "-c", "user.email=a@b.c"]
+    for command in (["init", "-q"], ["add", "."], [*identity, "commit", "-qm", "first"]):
+        subprocess.run(["git", "-C", str(tmp_path), *command], check=True)
+    monkeypatch.setattr(device, "__file__", str(tmp_path / "src" / "device.py"))
+    commit = device.git_commit()
+    assert re.fullmatch("[0-9a-f]{12}", commit)
+    (tmp_path / "metrics.json").write_text("changed")
+    assert device.git_commit() == commit
+    (tmp_path / "src" / "device.py").write_text("changed")
+    assert device.git_commit() == f"{commit}-dirty"
 
 
 def test_no_checkout_is_no_failure(monkeypatch):

@@ -326,7 +326,7 @@ NUMBERS = {
     "improvement": {
         "grad_cam": drop(),
         "attention_map": drop(marked=0.5),
-        "attention": measured(-0.004, answers_changed=17),
+        "attention": measured(-0.004, answers_changed=17, gates=[0.2]),
     },
 }
 
@@ -391,8 +391,8 @@ def test_findings_say_the_numbers():
     )
     assert "70.2 % right; 50.0 % without the 25 % of pixels with most attention, 52.2 % without" in lines[2]
     assert lines[3] == (
-        "Switching the attention off (gate 0) changes 17 of 500 answers; having it on is worth −0.4 points "
-        "(95 % interval −1.6 to +0.8)."
+        "Switching the attention off (gate 0.2 to 0) changes 17 of 500 answers; having it on is worth −0.4 "
+        "points (95 % interval −1.6 to +0.8)."
     )
     assert len(lines) == 4
     assert "attention" not in findings({**NUMBERS, "improvement": {"grad_cam": drop()}})

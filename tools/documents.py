@@ -106,7 +106,15 @@ def stale(root: Path) -> list[str]:
 
 def of_other_predictions(root: Path) -> list[str]:
     """What was made of the arms' predictions before they were made anew, each with its command."""
-    failures = []
+    failures, results = [], root / "results"
+    audited = results / "data" / "audit.json"
+    for arm, part in read_json(audited)["arms"].items() if audited.exists() else ():
+        metrics = results / arm / "metrics.json"
+        if metrics.exists() and read_json(metrics)["n_correct"] != part["all"]["n_correct"]:
+            failures.append(
+                f"{audited.relative_to(root)}: is of other predictions than {arm}'s; "
+                "run `python -m src.experiment audit`"
+            )
     for name, arms in (("analysis", ARMS), ("explain", ARMS[:2])):
         path = root / "results" / name / f"{name}.json"
         if path.exists() and read_json(path)["source_sha256"] != analysis.sources(root / "results", arms):

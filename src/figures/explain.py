@@ -137,8 +137,8 @@ def findings(numbers: dict) -> str:
                 )
     if m := numbers["improvement"].get("attention"):
         lines.append(
-            f"Switching the attention off (gate 0) changes {m['answers_changed']} of {m['n']} answers; "
-            f"having it on is worth {_with_interval(m)}."
+            f"Switching the attention off (gate {listed(m['gates'])} to 0) changes {m['answers_changed']} of "
+            f"{m['n']} answers; having it on is worth {_with_interval(m)}."
         )
     return "\n".join(lines)
 
