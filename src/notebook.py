@@ -96,7 +96,7 @@ def small_image(file: Path | io.BytesIO) -> Image:
     encoded = {}
     for kind, version, options in (
         ("png", image.quantize(128), {"optimize": True}),
-        ("jpeg", image, {"quality": 85, "optimize": True}),
+        ("jpeg", image, {"quality": 60, "optimize": True}),
     ):
         buffer = io.BytesIO()
         version.save(buffer, kind, **options)

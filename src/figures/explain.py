@@ -82,7 +82,7 @@ def _draw_image(
 def _draw_pixels(axes: mpl.axes.Axes, pixels: np.ndarray, darkest: int, colour: str = GREY) -> None:
     """An image, enlarged; a grey one with black as light as `darkest` levels, so that tints show on it."""
     axes.grid(False)
-    axes.imshow(pixels, "gray", vmin=-darkest, vmax=255, interpolation="bilinear", extent=(0, 1, 0, 1))
+    axes.imshow(pixels, "gray", vmin=-darkest, vmax=255, interpolation="nearest", extent=(0, 1, 0, 1))
     axes.set(xticks=[], yticks=[])
     for spine in axes.spines.values():
         spine.set(visible=True, color=colour, linewidth=1.5)
