@@ -56,7 +56,7 @@ slides: $(READY)  ## Compile presentation/Final_Presentation.pdf, and its Indone
 	@$(PY) -m tools.documents slides
 
 test: $(READY)  ## Run the test suite (ARGS= goes to pytest)
-	@$(PY) -m pytest $(ARGS)
+	@$(PY) -m pytest -n auto --dist loadfile $(ARGS)
 
 slow: $(READY)  ## Run the slow tests (real data where TINY_IMAGENET_DIR names it)
 	@$(PY) -m pytest -m slow $(ARGS)

@@ -309,7 +309,7 @@ BASELINE = Config(
 """Frozen backbone, new linear classifier: the study's baseline method.
 
 `python -m src.experiment baseline --profile offline --data DIR`: 54.75 % of `valid` (n = 10,000, one seed),
-best epoch 1 of 6, 3.5 minutes on 2 CPU cores (EfficientNet-Lite0, 96 px, `holdout`).
+best epoch 1 of 6, 5 minutes on 2 CPU cores (EfficientNet-Lite0, 96 px, `holdout`).
 """
 
 IMPROVEMENT = Config(
@@ -329,9 +329,8 @@ IMPROVEMENT = Config(
 )
 """All layers trained, spatial self-attention, strong regularisation: the study's improvement, as written.
 
-`python -m src.experiment improvement --profile offline --data DIR`: 68.82 % of `valid` (n = 10,000, one
-seed), best epoch 4 of 4, 70 minutes on 2 CPU cores that had other work as well (EfficientNet-Lite0, 96 px,
-`holdout`).
+`python -m src.experiment improvement --profile offline --data DIR`: 68.77 % of `valid` (n = 10,000, one
+seed), best epoch 4 of 4, 60 minutes on 2 CPU cores (EfficientNet-Lite0, 96 px, `holdout`).
 """
 
 AS_RUN_BASELINE = Config(

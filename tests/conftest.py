@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,10 +12,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tiny
+import torch
 from PIL import Image
 
 from src.data import sources
 from src.data.sources import Counts
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # one core each: threads of several workers would wait for each other
+    torch.set_num_threads(1)
 
 MINI_COUNTS = Counts(classes=6, train_per_class=12, valid_per_class=4)
 MINI_WNIDS = (

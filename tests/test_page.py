@@ -69,7 +69,8 @@ def leave_gallery(results: Path, a: pd.DataFrame, b: pd.DataFrame) -> None:
     pixels = np.broadcast_to(rows.astype(np.uint8)[:, None, None, None], (len(rows), 8, 8, 3))
     report.write_csv(analysis.gallery_table(a, b, rows), results / "analysis" / "gallery.csv")
     analysis.sprite_sheet(np.ascontiguousarray(pixels)).save(results / "analysis" / "gallery.webp")
-    facts = {"gallery": {"columns": 40, "thumbnail": 64}, "source_sha256": analysis.sources(results)}
+    used = analysis.sources(results, read.ARMS)
+    facts = {"gallery": {"columns": 40, "thumbnail": 64}, "source_sha256": used}
     write_json(results / "analysis" / "analysis.json", facts)
 
 
@@ -106,6 +107,8 @@ def whole(tmp_path_factory) -> SimpleNamespace:
         for side in ("Ground_Truth", "Prediction"):
             frame[f"{side}_Name"] = frame[side].map(dict(enumerate(names)))
             frame[f"{side}_Wnid"] = frame[side].map(dict(enumerate(wnids)))
+        if arm == "best":
+            frame.insert(9, "Calibrated_Confidence", 0.9 * frame["Confidence"])
         frames[arm] = frame
         leave(results, arm, frame)
     report.write_comparison(results)
@@ -280,7 +283,9 @@ def test_ablation_calibration_and_provenance(whole):
     assert rows[0][4:] == ["", "", ""] and len(whole.page.within("circle", "ablation")) == 1
     for arm, row in zip(whole.frames, whole.page.cells("calibration")[1:], strict=True):
         m = score(whole.frames[arm])
-        assert row[1:] == [f"{100 * m['ece']:.1f} %", f"{m['loss']:.3f}", f"{100 * m['top5_accuracy']:.2f} %"]
+        fitted = f"{100 * m['ece_calibrated']:.1f} %" if "ece_calibrated" in m else "–"
+        assert row[1:3] == [f"{100 * m['ece']:.1f} %", fitted] and (fitted == "–") == (arm != "best")
+        assert row[3:] == [f"{m['loss']:.3f}", f"{100 * m['top5_accuracy']:.2f} %"]
     footer = whole.text.partition("<footer>")[2]
     assert all(said in footer for said in ("some_net.in1k", "abc", "c0ffee", "python&nbsp;3.11"))
 

@@ -68,15 +68,16 @@ def audit(root: Path) -> str:
         low, high = 100 * known["difference_low"], 100 * known["difference_high"]
         lines.append(
             f"- **What the weights know.** The untouched 1000-way classifier of `{found['backbone']}`, "
-            f"restricted to the data's classes, has {known['train']['accuracy']:.2%} of train and "
-            f"{known['valid']['accuracy']:.2%} of `valid` right at {found['image_size']} px: "
+            f"restricted to the data's classes, has {100 * known['train']['accuracy']:.2f} % of train and "
+            f"{100 * known['valid']['accuracy']:.2f} % of `valid` right at {found['image_size']} px: "
             f"{100 * known['difference']:+.2f} points [{low:+.2f}, {high:+.2f}]."
         )
     return "\n".join(lines)
 
 
 def _without(arm: str, part: dict) -> str:
-    return f"{arm} has {part['without_copies']['accuracy']:.2%} instead of {part['all']['accuracy']:.2%}"
+    before, after = (f"{100 * part[name]['accuracy']:.2f} %" for name in ("all", "without_copies"))
+    return f"{arm} stays at {after}" if before == after else f"{arm} has {after} instead of {before}"
 
 
 PAGES = {
