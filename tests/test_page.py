@@ -274,6 +274,11 @@ def test_confusions_are_those_of_the_predictions(whole):
             assert cell == f"{there + back} {there} + {back}"
 
 
+def test_the_head_of_the_page_names_the_network_that_was_run(whole):
+    lead = re.search(r'<p class="lead">(.*?)</p>', whole.text, re.DOTALL)[1]
+    assert lead.startswith(f"{ABOUT['backbone']} at {ABOUT['image_size']}&nbsp;px: 120 images")
+
+
 def test_ablation_calibration_and_provenance(whole):
     header, *rows = whole.page.cells("ablation")
     assert [row[0] for row in rows] == ["baseline", "+ full fine-tuning"]
