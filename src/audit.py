@@ -365,7 +365,7 @@ def draw(path: Path, cells: list[Cell], store: Store, title: str, note: str) -> 
     path.unlink(missing_ok=True)
     if cells:
         note = f"{note}\n{footer({'data': store.manifest['source']})}"
-        save(copies_figure(cells, lambda rows: store.images[rows].transpose(0, 2, 3, 1), title, note), path)
+        save(copies_figure(cells, store.pictures, title, note), path)
 
 
 def exact_cells(table: pd.DataFrame) -> list[Cell]:

@@ -25,8 +25,6 @@ from src.data.splits import make_splits
 from src.experiment import DATA_VARIABLE, Paths, configure, finished_run, open_data, run, shown
 from src.files import read_json
 
-ARMS = ("baseline", "improvement")
-
 
 def obey(args: argparse.Namespace) -> str:
     """Do what the command line asks for; what it says at the end."""
@@ -144,13 +142,12 @@ def analysis(args: argparse.Namespace) -> str:
             f"the predictions under {paths.results} are not of the images of {store.manifest['source']}. "
             "Name their data with --data, --profile and --protocol."
         )
-    write_analysis(
-        paths.results, lambda rows: store.images[valid_N[rows]].transpose(0, 2, 3, 1), read_superclasses()
-    )
+    write_analysis(paths.results, lambda rows: store.pictures(valid_N[rows]), read_superclasses())
     return f"see {shown(paths.results / 'analysis')}"
 
 
 def explain(args: argparse.Namespace) -> str:
+    from src.analysis import ARMS
     from src.explain import write_explanations
 
     paths, configs_of_arms = paths_of(args), [config_of(args, arm) for arm in ARMS]

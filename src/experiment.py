@@ -325,7 +325,7 @@ def write_results(setup: Setup) -> Result:
     history = pd.DataFrame(read_json(folder / "history.json"))
 
     def images(rows: np.ndarray) -> np.ndarray:
-        return store.images[splits.valid_N[rows]].transpose(0, 2, 3, 1)
+        return store.pictures(splits.valid_N[rows])
 
     arm = setup.config.arm
     target = setup.paths.results_of(arm)

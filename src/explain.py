@@ -231,7 +231,7 @@ def write_explanations(baseline: Result, improvement: Result) -> Path:
     setup = baseline.setup
     figure = where_it_looks(
         [(heading, len(rows)) for heading, rows in groups],
-        setup.store.images[setup.splits.valid_N[shown_N]].transpose(0, 2, 3, 1),
+        setup.store.pictures(setup.splits.valid_N[shown_N]),
         columns,
         "\n".join([findings(numbers), *notes]),
     )

@@ -23,12 +23,12 @@ from pypdf import PdfReader, PdfWriter
 
 from src import SetupError, analysis
 from src.files import read_json, sha256, write_atomically
+from src.page.read import ARMS
 from tools import check
 
 FONTS = Path(matplotlib.get_data_path(), "fonts", "ttf")
 PHOTOGRAPHS, JPEG_QUALITY = 250_000, 55  # bytes of a PNG above which it shows some; Pillow's 0 to 95
 TEXTS = ("paper/*.typ", "paper/*.bib", "presentation/*.typ", "CITATION.cff", "results/study.json")
-ARMS = ("baseline", "improvement", "best")
 # What the documents read of each folder of results/, and the command that writes it.
 NEEDED = {
     **{arm.capitalize(): (arm, ("metrics.json", f"{arm}_history.csv")) for arm in ARMS},

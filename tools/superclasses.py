@@ -16,9 +16,9 @@ from typing import NamedTuple
 import pandas as pd
 
 from src import SetupError
+from src.analysis import SUPERCLASSES as TABLE
 from src.files import write_atomically
 
-TABLE = Path(__file__).resolve().parent.parent / "src" / "data" / "superclasses.csv"
 HYPERNYMS = ("@", "@i")  # of a kind, of an instance (wninput(5WN))
 
 # A class belongs to the first of these synsets that is among its hypernyms.

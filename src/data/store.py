@@ -69,6 +69,10 @@ class Store:
     def __len__(self) -> int:
         return len(self.labels_N)
 
+    def pictures(self, rows: np.ndarray) -> np.ndarray:
+        """uint8 (n,S,S,3) of these rows, as figures show them."""
+        return self.images[rows].transpose(0, 2, 3, 1)
+
 
 class DamagedStore(Exception):
     """A store on disk that is not what its manifest says."""
