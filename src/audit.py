@@ -38,7 +38,7 @@ from src.evaluate import accuracy, read_predictions
 from src.experiment import Paths, Setup, frozen_features, prepare
 from src.figures.audit import Cell, copies_figure
 from src.files import write_json
-from src.model.build import NoImageNetRowsError
+from src.model.build import NoRowsError
 from src.predict import one_pass
 from src.report import footer, save, write_csv
 
@@ -273,7 +273,7 @@ def audit_data(config: Config, paths: Paths) -> Path:
     try:
         setup = prepare(with_fields(config, UNTOUCHED), paths)
         logits_NK = untouched_logits(setup)
-    except NoImageNetRowsError as error:
+    except NoRowsError as error:
         log.warning("what the weights know is left out: %s", error)
         setup = prepare(with_fields(config, UNTOUCHED | {"model.head_init": "zero"}), paths)
         logits_NK = None

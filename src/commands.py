@@ -1,9 +1,11 @@
 """The command line, `python -m src.experiment COMMAND`: a preset to run, or what is made of runs.
 
 baseline, improvement, best, ...   run a preset: train, score `valid` once, write its results
-ablation                           run the grid of ingredients, row by row
+ablation                           what each ingredient is worth, row by row
+transfer40                         frozen against fine-tuned on classes that the weights have not met
 find_lr                            the learning rates at which the loss falls most steeply
 soup                               average the finished runs of several seeds
+export                             a finished run's weights, with their card, into weights/
 audit                              copies among the images; what the pretrained weights know of them
 analysis                           what baseline and improvement get wrong
 explain                            where their models look
@@ -59,9 +61,11 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--runs", default="", help="folder for checkpoints and logits")
     parser.add_argument("--cache", default="", help="folder for the decoded images and features")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="any config field")
-    parser.add_argument("--preset", default="improvement", help="for find_lr and soup (default: improvement)")
-    parser.add_argument("--rows", nargs="+", default=[], metavar="NAME", help="for ablation (default: all)")
-    parser.add_argument("--seeds", default="0,1,2", help="for ablation and soup (default: 0,1,2)")
+    parser.add_argument(
+        "--preset", default="improvement", help="for find_lr, soup and export (default: improvement)"
+    )
+    parser.add_argument("--rows", nargs="+", default=[], metavar="NAME", help="for studies (default: all)")
+    parser.add_argument("--seeds", default="0,1,2", help="for studies and soup (default: 0,1,2)")
     return parser.parse_args(arguments)
 
 
@@ -96,10 +100,23 @@ def read_seeds(text: str) -> list[int]:
 
 
 def ablation(args: argparse.Namespace) -> str:
-    from src.ablation.run import run_ablation
+    from src.studies.ablation import ABLATION
+    from src.studies.run import Plan, run_study
 
-    seeds, overrides = read_seeds(args.seeds), overrides_of(args)
-    folder = run_ablation(args.profile, args.data, paths_of(args), args.rows, seeds, overrides)
+    plan = Plan(ABLATION, args.profile, args.data, overrides_of(args))
+    return summary_of(run_study(plan, paths_of(args), args.rows, read_seeds(args.seeds)))
+
+
+def transfer40(args: argparse.Namespace) -> str:
+    from src.studies.run import Plan
+    from src.studies.transfer import TRANSFER, run_transfer
+
+    plan = Plan(TRANSFER, args.profile, args.data, overrides_of(args))
+    return summary_of(run_transfer(plan, paths_of(args), args.rows, read_seeds(args.seeds)))
+
+
+def summary_of(folder: Path) -> str:
+    """A study in words."""
     return (folder / "summary.md").read_text(encoding="utf-8")
 
 
@@ -122,6 +139,15 @@ def soup(args: argparse.Namespace) -> str:
         if name != "chosen"
     ]
     return "\n".join([*lines, f"chosen on holdout: {scores['chosen']}"])
+
+
+def export(args: argparse.Namespace) -> str:
+    from src.embedded import export
+
+    config, paths = config_of(args, args.preset), paths_of(args)
+    finished_run(config, paths)
+    path, digest = export(run(config, paths))
+    return f"{shown(path)}: SHA-256 {digest}"
 
 
 def audit(args: argparse.Namespace) -> str:
@@ -180,8 +206,10 @@ def summary(results: Path) -> str:
 
 COMMANDS: dict[str, Callable[[argparse.Namespace], str]] = {
     "ablation": ablation,
+    "transfer40": transfer40,
     "find_lr": find_lr,
     "soup": soup,
+    "export": export,
     "audit": audit,
     "analysis": analysis,
     "explain": explain,

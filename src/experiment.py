@@ -31,7 +31,7 @@ from src.data.sources import open_source
 from src.data.splits import Splits, make_splits
 from src.data.store import Store, open_store
 from src.device import Device, choose_device, git_commit, peak_memory_gb, set_up_process, versions
-from src.files import read_json, write_array, write_atomically, write_json
+from src.files import read_json, sha256, write_array, write_atomically, write_json
 from src.model.build import Built, Classifier, build_model, gmacs, start_classifier
 from src.predict import cached_features
 from src.train import FitData, Progress, fit
@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 DATA_VARIABLE = "TINY_IMAGENET_DIR"
+TARGET_EVERY = 5  # classes: one is of the target, the others are of the source
 # What a run leaves.
 FINISHED = ("model.safetensors", "facts.json", "history.json", "holdout_logits.npy", "valid_logits.npy")
 
@@ -112,7 +113,12 @@ def prepare(config: Config, paths: Paths) -> Setup:
 def open_data(config: Config, paths: Paths) -> Store:
     """The decoded images that `config` asks for; `SetupError` where they are not what they should be."""
     source = open_source(config.data, paths.cache)
-    return open_store(source, paths.cache, config.data.stored_size, config.data.skip_bad)
+    store = open_store(source, paths.cache, config.data.stored_size, config.data.skip_bad)
+    if config.data.classes == "all":
+        return store
+    number_K = np.arange(len(store.wnids))
+    is_target_K = number_K % TARGET_EVERY == TARGET_EVERY - 1
+    return store.of_classes(number_K[is_target_K == (config.data.classes == "target")])
 
 
 def device_for(config: Config) -> Device:
@@ -299,9 +305,15 @@ def run_facts(setup: Setup, progress: Progress) -> dict:
 
 
 def recorded_config(config: Config) -> dict:
-    """The config without the one field that says nothing about the method: where the data lay."""
+    """The config without what says nothing about the method: where the data lay, and a file of weights.
+
+    A file of weights is named by its content.
+    """
     data = configs.to_dict(config)
     del data["data"]["path"]
+    path = Path(config.model.weights).expanduser()
+    if config.model.weights not in configs.WEIGHTS and path.is_file():
+        data["model"]["weights"] = f"sha256:{sha256(path)}"
     return data
 
 

@@ -16,10 +16,17 @@ from test_experiment import arguments, paths, refused, small, trained
 from test_report import assert_legible, said
 
 from src import SetupError
-from src.ablation import run as ablation
-from src.ablation.grid import BUDGETS, LADDER, RECIPE, SINGLE, Times, grid
-from src.ablation.run import config_of, run_ablation
-from src.ablation.table import (
+from src.commands import main
+from src.config import PROFILES, Config, field_names, get, preset
+from src.experiment import configure
+from src.figures import study_figure
+from src.report import write_csv
+from src.studies import ABLATION
+from src.studies import run as engine
+from src.studies.ablation import BUDGETS, LADDER, RECIPE, SINGLE
+from src.studies.run import Plan, run_study
+from src.studies.study import Times
+from src.studies.table import (
     about,
     markdown,
     paired_difference,
@@ -29,14 +36,9 @@ from src.ablation.table import (
     write_summary,
     write_words,
 )
-from src.commands import main
-from src.config import PROFILES, Config, field_names, get, preset
-from src.experiment import configure
-from src.figures import ablation_figure
-from src.report import write_csv
 from src.train import Trainer
 
-GRID = {row.name: row for row in grid()}
+GRID = {row.name: row for row in ABLATION.rows}
 TEMPERATURE, MIRRORED, PROBE = "after: temperature", "after: mirrored views", "start: linear probe (LP-FT)"
 FINE_TUNING, PRETRAINED = "+ full fine-tuning", "start: pretrained classifier's rows"
 ROWS = ("baseline", FINE_TUNING, RECIPE, PROBE, MIRRORED, TEMPERATURE)
@@ -44,7 +46,7 @@ ROWS = ("baseline", FINE_TUNING, RECIPE, PROBE, MIRRORED, TEMPERATURE)
 
 def configured(name: str, profile: str = "offline", seed: int = 0, **overrides: object) -> Config:
     changes = {key.replace("__", "."): value for key, value in overrides.items()}
-    return config_of(GRID[name], profile, "", seed, changes)
+    return Plan(ABLATION, profile, "", changes).config(GRID[name], seed)
 
 
 def changed(a: Config, b: Config) -> dict[str, object]:
@@ -56,11 +58,11 @@ def changed(a: Config, b: Config) -> dict[str, object]:
 
 
 def test_rows_have_names_of_their_own_and_are_compared_with_rows_above():
-    names = [row.name for row in grid()]
+    names = [row.name for row in ABLATION.rows]
     assert len(names) == len(set(names)) == 2 + len(LADDER) + len(SINGLE) + 1
-    for place, row in enumerate(grid()):
+    for place, row in enumerate(ABLATION.rows):
         assert row.against in ["", *names[:place]]
-    assert [row.name for row in grid() if not row.against] == ["baseline as run", "baseline"]
+    assert [row.name for row in ABLATION.rows if not row.against] == ["baseline as run", "baseline"]
 
 
 @pytest.mark.parametrize("profile", PROFILES)
@@ -175,8 +177,9 @@ def command(folder, pets, weights, *rows: str, **changes) -> list[str]:
 
 def run_rows(folder, pets, weights, *rows: str, **changes) -> pd.DataFrame:
     """Run the rows -> `ablation.csv`."""
-    run_ablation("offline", str(pets), paths(folder), rows, (0, 1), small(weights, **changes))
-    return read_table(folder / "results" / "ablation")
+    plan = Plan(ABLATION, "offline", str(pets), small(weights, **changes))
+    run_study(plan, paths(folder), rows, (0, 1))
+    return read_table(ABLATION, folder / "results" / "ablation")
 
 
 def counted_steps(patch: pytest.MonkeyPatch) -> list[int]:
@@ -203,7 +206,7 @@ def whole(pets, weights, tmp_path_factory):
 
 def test_an_ablation_has_every_row_and_seed_in_the_grid_s_order(whole):
     folder = whole[0] / "results" / "ablation"
-    table = read_table(folder)
+    table = read_table(ABLATION, folder)
     in_order = sorted(ROWS, key=list(GRID).index)
     assert list(zip(table["row"], table["seed"], strict=True)) == [(r, s) for r in in_order for s in (0, 1)]
     assert {path.name for path in folder.iterdir()} == {
@@ -228,7 +231,7 @@ def test_rows_that_differ_in_what_comes_after_share_their_training(whole):
     """18 images in steps of 5, 2 epochs: 8 steps for each of 4 trainings; a probe's 5 epochs are 1 step."""
     folder, steps = whole
     assert steps == 2 * (4 * 8 + 5)
-    table = read_table(folder / "results" / "ablation").set_index(["row", "seed"])
+    table = read_table(ABLATION, folder / "results" / "ablation").set_index(["row", "seed"])
     for seed in (0, 1):
         warm, cold = table.loc[TEMPERATURE, seed], table.loc[RECIPE, seed]
         assert warm["valid_accuracy"] == cold["valid_accuracy"] and warm["after"].startswith("temperature")
@@ -237,8 +240,8 @@ def test_rows_that_differ_in_what_comes_after_share_their_training(whole):
 
 
 def test_a_line_holds_what_the_same_run_outside_of_the_ablation_measures(whole, pets, weights, tmp_path):
-    line = read_table(whole[0] / "results" / "ablation").set_index(["row", "seed"]).loc[RECIPE, 1]
-    setup = trained(config_of(GRID[RECIPE], "offline", str(pets), 1, small(weights)), tmp_path)
+    line = read_table(ABLATION, whole[0] / "results" / "ablation").set_index(["row", "seed"]).loc[RECIPE, 1]
+    setup = trained(Plan(ABLATION, "offline", str(pets), small(weights)).config(GRID[RECIPE], 1), tmp_path)
     for split, rows_N in (("valid", setup.splits.valid_N), ("holdout", setup.splits.holdout_N)):
         logits_NK = np.load(setup.run_folder / f"{split}_logits.npy").astype(float)
         probabilities_NK = np.exp(logits_NK) / np.exp(logits_NK).sum(1, keepdims=True)
@@ -256,7 +259,7 @@ def test_a_line_holds_what_the_same_run_outside_of_the_ablation_measures(whole, 
 def test_a_finished_ablation_runs_nothing(whole, pets, weights, monkeypatch):
     folder, _ = whole
     before = (folder / "results" / "ablation" / "ablation.csv").read_bytes()
-    monkeypatch.setattr(ablation, "run_row", None)
+    monkeypatch.setattr(engine, "run_row", None)
     assert main(command(folder, pets, weights, *ROWS)) == 0
     assert (folder / "results" / "ablation" / "ablation.csv").read_bytes() == before
 
@@ -268,7 +271,7 @@ def test_an_ablation_cut_off_anywhere_goes_on_to_the_same_numbers(
     share a training."""
     folder, n_steps = whole
     steps, calls = counted_steps(monkeypatch), []
-    monkeypatch.setattr(ablation, "write_summary", lambda folder: None)  # is half of the time
+    monkeypatch.setattr(engine, "write_summary", lambda study, folder: None)  # is half of the time
 
     def cut_off_at(place: int, function):
         def counted(*arguments):
@@ -282,8 +285,8 @@ def test_an_ablation_cut_off_anywhere_goes_on_to_the_same_numbers(
 
     for target, name, place in (
         (Trainer, "end_epoch", 3),  # of the second row: its first epoch is in a checkpoint
-        (ablation, "add_record", 1),  # of the second row: done, and its folder is still there
-        (ablation, "run_row", 2),  # of the fourth: trained, and not in the table
+        (engine, "add_record", 1),  # of the second row: done, and its folder is still there
+        (engine, "run_row", 2),  # of the fourth: trained, and not in the table
     ):
         calls.clear()
         with monkeypatch.context() as patch:
@@ -291,7 +294,8 @@ def test_an_ablation_cut_off_anywhere_goes_on_to_the_same_numbers(
             with pytest.raises(KeyboardInterrupt):
                 run_rows(tmp_path, pets, weights, *ROWS)
     table = run_rows(tmp_path, pets, weights, *ROWS)
-    pd.testing.assert_frame_equal(numbers(table), numbers(read_table(folder / "results" / "ablation")))
+    undisturbed = read_table(ABLATION, folder / "results" / "ablation")
+    pd.testing.assert_frame_equal(numbers(table), numbers(undisturbed))
     assert len(steps) == n_steps
     assert list((tmp_path / "runs").iterdir()) == []
 
@@ -299,7 +303,7 @@ def test_an_ablation_cut_off_anywhere_goes_on_to_the_same_numbers(
 def test_a_row_that_these_data_do_not_allow_is_passed_over_and_named(pets, weights, tmp_path, capsys):
     message = refused(capsys, command(tmp_path, pets, weights, PRETRAINED, "baseline"))
     assert PRETRAINED in message and "head_init = 'pretrained_rows' needs" in message
-    assert set(read_table(tmp_path / "results" / "ablation")["row"]) == {"baseline"}
+    assert set(read_table(ABLATION, tmp_path / "results" / "ablation")["row"]) == {"baseline"}
     assert list((tmp_path / "runs").iterdir()) == []
 
 
@@ -332,8 +336,8 @@ def ran(monkeypatch) -> list[tuple[str, int]]:
         jobs.append((job.row.name, job.seed))
         return record(job.row.name, job.seed, config=job.key)
 
-    monkeypatch.setattr(ablation, "run_row", pretend)
-    monkeypatch.setattr(ablation, "write_summary", lambda folder: None)
+    monkeypatch.setattr(engine, "run_row", pretend)
+    monkeypatch.setattr(engine, "write_summary", lambda study, folder: None)
     return jobs
 
 
@@ -344,14 +348,14 @@ def test_all_rows_are_run_for_a_seed_before_the_next(ran, pets, weights, tmp_pat
 
 def test_what_a_training_left_goes_when_no_row_needs_it(ran, pets, weights, tmp_path, monkeypatch):
     """Checkpoints of all rows at once would fill a disk."""
-    pretend, here = ablation.run_row, []
+    pretend, here = engine.run_row, []
 
     def train(job, where):
         job.paths(where).runs.mkdir(parents=True, exist_ok=True)
         here.append(len(list((tmp_path / "runs" / "ablation").iterdir())))
         return pretend(job, where)
 
-    monkeypatch.setattr(ablation, "run_row", train)
+    monkeypatch.setattr(engine, "run_row", train)
     run_rows(tmp_path, pets, weights, "baseline", RECIPE, FINE_TUNING, MIRRORED, TEMPERATURE, "mixup")
     assert here == 2 * [1, 1, 2, 1, 1, 1]  # the recipe's stays until its last row
     assert list((tmp_path / "runs").iterdir()) == []
@@ -384,7 +388,7 @@ def test_rows_of_another_configuration_are_gone_before_the_first_new_one(
     rows = ("baseline", FINE_TUNING)
     run_rows(tmp_path, pets, weights, *rows)
     tables = []
-    monkeypatch.setattr(ablation, "write_summary", lambda folder: tables.append(read_table(folder)))
+    monkeypatch.setattr(engine, "write_summary", lambda *where: tables.append(read_table(*where)))
     run_rows(tmp_path, pets, weights, *rows, optim__head_lr=0.5)
     assert [len(table) for table in tables[:4]] == [1, 2, 3, 4]
 
@@ -413,7 +417,7 @@ def test_other_images_are_another_ablation(ran, pets, weights, tmp_path):
 
 
 def test_a_row_that_fails_is_tried_once_and_the_others_are_run(ran, pets, weights, tmp_path, monkeypatch):
-    pretend, tried = ablation.run_row, []
+    pretend, tried = engine.run_row, []
 
     def fail(job, where):
         tried.append(job.row.name)
@@ -421,7 +425,7 @@ def test_a_row_that_fails_is_tried_once_and_the_others_are_run(ran, pets, weight
             raise SetupError("the loss is nan")
         return pretend(job, where)
 
-    monkeypatch.setattr(ablation, "run_row", fail)
+    monkeypatch.setattr(engine, "run_row", fail)
     with pytest.raises(SetupError, match=r"\+ full fine-tuning: the loss is nan"):
         run_rows(tmp_path, pets, weights, FINE_TUNING, "baseline")
     assert tried.count(FINE_TUNING) == 1 and ran == [("baseline", 0), ("baseline", 1)]
@@ -434,7 +438,7 @@ def test_what_no_row_can_help_stops_the_ablation(ran, pets, weights, tmp_path, m
         tried.append(job.row.name)
         raise SetupError("no space is left")
 
-    monkeypatch.setattr(ablation, "run_row", fail)
+    monkeypatch.setattr(engine, "run_row", fail)
     with pytest.raises(SetupError, match="^no space is left$"):
         run_rows(tmp_path, pets, weights)
     assert len(tried) == 2
@@ -462,7 +466,7 @@ def test_keys_that_look_like_numbers_stay_text(tmp_path):
         write_csv(
             pd.DataFrame([record("baseline", 0, config=key, git_commit=key)]), tmp_path / "ablation.csv"
         )
-        assert read_table(tmp_path)[["config", "git_commit"]].iloc[0].tolist() == [key, key]
+        assert read_table(ABLATION, tmp_path)[["config", "git_commit"]].iloc[0].tolist() == [key, key]
 
 
 def test_a_table_that_cannot_be_read_is_one_message(ran, pets, weights, tmp_path):
@@ -481,7 +485,7 @@ def test_mean_spread_and_paired_interval_over_the_seeds_that_both_rows_have():
     b = {seed: 0.55 + 0.013 * seed for seed in (0, 1, 3, 4)}
     lines = [record("baseline", seed, value) for seed, value in a.items()]
     lines += [record(FINE_TUNING, seed, value) for seed, value in b.items()]
-    summary = summarise(pd.DataFrame(lines)).set_index("row")
+    summary = summarise(ABLATION, pd.DataFrame(lines)).set_index("row")
     line = summary.loc[FINE_TUNING]
     both = sorted(a.keys() & b.keys())
     test = ttest_rel([b[seed] for seed in both], [a[seed] for seed in both])
@@ -496,7 +500,7 @@ def test_mean_spread_and_paired_interval_over_the_seeds_that_both_rows_have():
 
 
 def test_a_row_whose_other_row_has_not_run_is_not_compared():
-    line = summarise(pd.DataFrame([record(FINE_TUNING, 0)])).iloc[0]
+    line = summarise(ABLATION, pd.DataFrame([record(FINE_TUNING, 0)])).iloc[0]
     assert np.isnan(line["difference"]) and line["verdict"] == "" and line["against"] == "baseline"
 
 
@@ -531,7 +535,7 @@ def test_a_verdict_is_a_test_at_five_percent():
 
 
 def test_the_words_have_a_line_a_row_with_its_numbers(tmp_path):
-    write_words(tmp_path, made_up())
+    write_words(ABLATION, tmp_path, made_up())
     words = (tmp_path / "summary.md").read_text(encoding="utf-8")
     lines = [line.strip("| ").split(" | ") for line in words.splitlines() if line.startswith("| ")]
     assert [line[0] for line in lines] == ["row", "---", *GRID]
@@ -547,7 +551,7 @@ def test_the_words_have_a_line_a_row_with_its_numbers(tmp_path):
 
 
 def test_one_seed_has_no_spread_and_no_interval():
-    lines = markdown(summarise(made_up(("baseline", FINE_TUNING), seeds=(0,)))).splitlines()
+    lines = markdown(summarise(ABLATION, made_up(("baseline", FINE_TUNING), seeds=(0,)))).splitlines()
     assert lines[2] == "| baseline | 50.25 | 10.00 | 1 |  |  |  |"
     assert lines[3].endswith("| 1 | baseline | -0.52 | one seed: not judged |")
 
@@ -555,25 +559,26 @@ def test_one_seed_has_no_spread_and_no_interval():
 def test_the_table_from_the_file_is_that_from_the_numbers(tmp_path):
     for seeds in ((0,), (0, 1, 2)):
         table = made_up(seeds=seeds)
-        write_words(tmp_path, table)
-        assert markdown(read_summary(tmp_path / "summary.csv")) == markdown(summarise(table))
+        write_words(ABLATION, tmp_path, table)
+        assert markdown(read_summary(tmp_path / "summary.csv")) == markdown(summarise(ABLATION, table))
     columns = ("row", "valid", "difference", "verdict")
-    assert markdown(summarise(table), columns).splitlines()[0] == "| row | valid | difference | verdict |"
+    header = markdown(summarise(ABLATION, table), columns).splitlines()[0]
+    assert header == "| row | valid | difference | verdict |"
 
 
 def test_what_all_rows_share_is_said_once():
     table = made_up(("baseline as run", "baseline", FINE_TUNING, "trained: head alone"))
     table.loc[table["row"] == "baseline as run", "backbone"] = "another_net.in12k"
     table.loc[table["row"] == "trained: head alone", "epochs"] = 5  # frozen, like the baselines
-    assert about(table) == (
+    assert about(ABLATION, table) == (
         "another_net.in12k, some_net.in1k · 64 px · 20,000 images to train on · epochs: 2 where the backbone "
         "is trained · seeds: 0, 1, 2 · data: made-up · protocol: holdout · a CPU (2 CPU cores)"
     )
-    assert "epochs" not in about(made_up(("baseline",)))
+    assert "epochs" not in about(ABLATION, made_up(("baseline",)))
 
 
 def test_an_empty_table_has_no_summary(tmp_path):
-    write_summary(tmp_path)
+    write_summary(ABLATION, tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -581,8 +586,8 @@ def test_an_empty_table_has_no_summary(tmp_path):
 def test_the_figure_names_every_row_and_covers_none(seeds):
     table = made_up(seeds=seeds)
     table.loc[table["row"] == "mixup", "valid_accuracy"] -= 0.2  # one row far from the others
-    summary = summarise(table)
-    figure = ablation_figure(summary, about(table) + 6 * " · more of it")
+    summary = summarise(ABLATION, table)
+    figure = study_figure(ABLATION.title, summary, about(ABLATION, table) + 6 * " · more of it")
     assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == list(GRID)
     assert_legible(figure, "ablation")
     assert "some_net.in1k" in said(figure)
@@ -591,14 +596,15 @@ def test_the_figure_names_every_row_and_covers_none(seeds):
 def test_the_figure_of_a_few_rows():
     for rows in (("baseline",), ("baseline", FINE_TUNING)):
         table = made_up(rows)
-        assert_legible(ablation_figure(summarise(table), about(table)), str(rows))
+        summary, note = summarise(ABLATION, table), about(ABLATION, table)
+        assert_legible(study_figure(ABLATION.title, summary, note), str(rows))
 
 
 def test_the_figure_shows_the_summary_s_numbers():
     table = made_up()
     table.loc[table["row"] == "mixup", "valid_accuracy"] -= 0.3
-    summary = summarise(table)
-    accuracy, difference = ablation_figure(summary, "note").axes[:2]
+    summary = summarise(ABLATION, table)
+    accuracy, difference = study_figure(ABLATION.title, summary, "note").axes[:2]
     points = accuracy.lines[0].get_xydata()
     np.testing.assert_allclose(points[:, 0], summary["valid_mean"])
     np.testing.assert_allclose(points[:, 1], range(len(summary)))
@@ -623,8 +629,8 @@ def test_the_figure_shows_the_summary_s_numbers():
 
 
 def test_the_figure_divides_the_ladder_from_what_is_above_and_below_it():
-    summary = summarise(made_up())
-    accuracy = ablation_figure(summary, "note").axes[0]
+    summary = summarise(ABLATION, made_up())
+    accuracy = study_figure(ABLATION.title, summary, "note").axes[0]
     lines = [line.get_ydata()[0] + 0.5 for line in accuracy.lines if line.get_linestyle() == ":"]
     assert [summary["row"][int(place)] for place in lines] == ["baseline", "recipe, without attention"]
 

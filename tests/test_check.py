@@ -10,11 +10,11 @@ import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 from test_ablation import made_up
 
-from src.ablation.grid import grid
-from src.ablation.table import about, read_table, write_words
 from src.config import CHOICES
 from src.evaluate import compare, score
 from src.report import write_csv
+from src.studies import ABLATION
+from src.studies.table import about, read_table, write_words
 from tools import check, readme
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -33,9 +33,12 @@ git clone {URL}.git
 <!-- audit:end -->
 <!-- ablation:begin -->
 <!-- ablation:end -->
+<!-- transfer40:begin -->
+<!-- transfer40:end -->
 <!-- speed:begin -->
 <!-- speed:end -->
 """
+NOT_RUN = "not run yet: `python -m src.experiment ablation`"
 
 
 @pytest.fixture
@@ -50,6 +53,7 @@ def repo(tmp_path: Path) -> Path:
         "CITATION.cff": f'repository-code: "{URL}"\n',
         "src/__init__.py": "",
         "src/model.py": "X = 1\n",
+        "src/experiment.py": "",
         "README.md": README,
         "results/study.json": (ROOT / "results" / "study.json").read_text(encoding="utf-8"),
     }
@@ -222,68 +226,70 @@ def ablated(repo) -> Path:
     folder = repo / "results" / "ablation"
     folder.mkdir()
     write_csv(made_up(), folder / "ablation.csv")
-    write_words(folder, read_table(folder))
+    write_words(ABLATION, folder, read_table(ABLATION, folder))
     write(repo / "README.md", readme.rewritten((repo / "README.md").read_text(encoding="utf-8"), repo))
     return folder
 
 
 def test_a_sound_ablation_passes(ablated, repo, capsys):
     assert check.main(repo) == 0, capsys.readouterr().out
-    assert "not run yet: `make ablation`" not in (repo / "README.md").read_text(encoding="utf-8")
+    assert NOT_RUN not in (repo / "README.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("name", ["summary.csv", "summary.md"])
 @pytest.mark.parametrize("fault", ["edited", "missing"])
 def test_an_ablation_s_summary_is_that_of_its_rows(ablated, repo, name, fault):
-    assert check.ablation(repo) == []
+    assert check.studies(repo) == []
     if fault == "missing":
         (ablated / name).unlink()
     else:
         edit(ablated / name, "cannot be told apart from noise", "helps")
-    failures = check.ablation(repo)
+    failures = check.studies(repo)
     assert len(failures) == 1 and failures[0].startswith(f"results/ablation/{name}: ")
     assert "run `make readme`" in failures[0]
 
 
 def test_an_ablation_with_other_rows_than_its_summary(ablated, repo):
-    table = read_table(ablated)
+    table = read_table(ABLATION, ablated)
     table.loc[5, "valid_accuracy"] += 0.001
     write_csv(table, ablated / "ablation.csv")
-    assert len(check.ablation(repo)) == 2
+    assert len(check.studies(repo)) == 2
     write_csv(table[:0], ablated / "ablation.csv")
-    assert check.ablation(repo) == ["results/ablation/ablation.csv: has no rows; run `make ablation`"]
+    [failure] = check.studies(repo)
+    assert failure == "results/ablation/ablation.csv: has no rows; run `python -m src.experiment ablation`"
 
 
 def test_a_damaged_ablation_is_a_failure_not_a_crash(ablated, repo, capsys):
-    write_csv(read_table(ablated).drop(columns="valid_loss"), ablated / "ablation.csv")
+    write_csv(read_table(ABLATION, ablated).drop(columns="valid_loss"), ablated / "ablation.csv")
     assert check.main(repo) == 1
     assert "could not be checked: 'valid_loss'" in capsys.readouterr().out
 
 
 def test_the_remedy_mends_summary_and_readme(ablated, repo, monkeypatch):
-    table = read_table(ablated)
+    table = read_table(ABLATION, ablated)
     table.loc[5, "valid_accuracy"] += 0.1
     write_csv(table, ablated / "ablation.csv")
     monkeypatch.delitem(readme.PAGES, "bench/README.md")
     before = (repo / "README.md").read_text(encoding="utf-8")
-    assert check.ablation(repo)
+    assert check.studies(repo)
     assert readme.main(repo) == 0
-    assert check.ablation(repo) == check.readme_numbers(repo) == []
+    assert check.studies(repo) == check.readme_numbers(repo) == []
     assert (repo / "README.md").read_text(encoding="utf-8") != before
     assert (ablated / "ablation.png").exists()
 
 
 def test_the_readme_s_ablation_has_a_line_a_row(ablated, repo):
-    shared, _, *lines = readme.ablation(repo).splitlines()
-    assert shared == f"{about(read_table(ablated))}." and " px · " in shared
+    shared, _, *lines = readme.study(ABLATION, repo).splitlines()
+    assert shared == f"{about(ABLATION, read_table(ABLATION, ablated))}." and " px · " in shared
     assert lines[0] == "| row | valid | difference | verdict |"
-    assert [line.split(" | ")[0].removeprefix("| ") for line in lines[2:]] == [row.name for row in grid()]
+    names = [row.name for row in ABLATION.rows]
+    assert [line.split(" | ")[0].removeprefix("| ") for line in lines[2:]] == names
     edit(repo / "README.md", lines[4], lines[5])
     assert check.readme_numbers(repo)
 
 
 def test_an_ablation_that_has_not_run_says_how_to(repo):
-    assert readme.ablation(repo) == "not run yet: `make ablation`"
+    assert readme.study(ABLATION, repo) == NOT_RUN
     assert "<!-- ablation:begin -->\nnot run yet" in (repo / "README.md").read_text(encoding="utf-8")
 
 

@@ -105,6 +105,7 @@ def test_profile_changes_sizes_and_sources_but_never_the_method(arm, profile):
     changed = {name for name in field_names() if get(config, name) != get(PRESETS[arm], name)}
     exceptions = {
         ("improvement", "quick"): {"augment.flip"},  # no mirrored digits, and none of ImageNet's classes
+        ("pretrain", "quick"): {"augment.flip"},
         ("best", "quick"): {"augment.flip", "after.tta", "model.head_init"},
         ("best", "offline"): {"augment.randaugment_ops"},
         ("best", "full"): {"train.start_size"},

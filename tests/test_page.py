@@ -18,10 +18,11 @@ from statsmodels.stats.proportion import proportion_confint
 from test_report import ABOUT, make_frame, make_history
 
 from src import SetupError, analysis, report
-from src.ablation.table import summarise
 from src.evaluate import compare, confusion, reliability, score, write_predictions
 from src.files import read_json, write_json
 from src.page import charts, read, render, sections, write_page
+from src.studies import ABLATION
+from src.studies.table import summarise
 from tools import check
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -91,8 +92,8 @@ def leave_ablation(results: Path) -> pd.DataFrame:
     same |= {"data": "made up", "protocol": "holdout", "hardware": "a CPU"}
     table = pd.DataFrame(lines).assign(**same)
     report.write_csv(table, results / "ablation" / "ablation.csv")
-    report.write_csv(summarise(table), results / "ablation" / "summary.csv")
-    return summarise(table)
+    report.write_csv(summarise(ABLATION, table), results / "ablation" / "summary.csv")
+    return summarise(ABLATION, table)
 
 
 @pytest.fixture(scope="module")

@@ -18,9 +18,13 @@ from pathlib import Path
 import nbformat
 
 from src import SetupError
-from src.ablation.table import read_table, write_words
+from src.embedded import card_of
 from src.evaluate import compare, read_predictions, score
+from src.files import sha256
+from src.model.build import EMBEDDED_WEIGHTS
 from src.page import read_results, render
+from src.studies import STUDIES
+from src.studies.table import read_table, write_words
 from tools import readme
 
 MAX_CODE_CELLS, MAX_CODE_LINES = 12, 60
@@ -28,6 +32,7 @@ MEGABYTE = 1_000_000
 # Tracked files that may pass 1 MB, each with its reason; none may pass 10 MB.
 LARGE_FILES: dict[str, str] = {
     "results/report.html": "one file to open and to send: data, thumbnails and script lie inside",
+    "weights/convnext_atto_tinyimagenet64.safetensors": "what `quick` starts from, without a hub",
 }
 # What the README may name though git holds no such file: what runs write, and the data set's own files.
 WRITTEN_BY_RUNS = (".venv/", "cache/", "runs/", "results/quick/")
@@ -173,21 +178,46 @@ def results(root: Path) -> list[str]:
     return failures
 
 
-def ablation(root: Path) -> list[str]:
-    """summary.csv and summary.md of an ablation are what ablation.csv beside them gives."""
+def studies(root: Path) -> list[str]:
+    """summary.csv and summary.md of a study are what its table of runs beside them gives."""
     failures = []
-    for name in (name for name in tracked(root) if fnmatch(name, "results/*ablation.csv")):
-        folder, table = (root / name).parent, read_table((root / name).parent)
-        if table.empty:
-            failures.append(f"{name}: has no rows; run `make ablation`")
+    for study in STUDIES.values():
+        folder = study.path(root / "results")
+        csv = folder / f"{study.name}.csv"
+        if not csv.exists():
+            continue
+        if (table := read_table(study, folder)).empty:
+            failures.append(
+                f"{csv.relative_to(root)}: has no rows; run `python -m src.experiment {study.name}`"
+            )
             continue
         with tempfile.TemporaryDirectory() as scratch:
-            write_words(Path(scratch), table)
+            write_words(study, Path(scratch), table)
             for counted in sorted(Path(scratch).iterdir()):
                 said = folder / counted.name
                 if not said.exists() or said.read_bytes() != counted.read_bytes():
                     path = said.relative_to(root)
-                    failures.append(f"{path}: is not what ablation.csv gives; run `make readme`")
+                    failures.append(f"{path}: is not what {csv.name} gives; run `make readme`")
+    return failures
+
+
+def weights(root: Path) -> list[str]:
+    """The weights in git are those whose hash the code knows, and their card is of results/Pretrain."""
+    known = {name: (tag, digest) for tag, (name, digest) in EMBEDDED_WEIGHTS.items()}
+    failures = []
+    for name in (name for name in tracked(root) if fnmatch(name, "weights/*.safetensors")):
+        path = root / name
+        tag, expected = known.get(path.name, ("", ""))
+        if (digest := sha256(path)) != expected:
+            failures.append(f"{name}: SHA-256 is {digest}, the code knows {expected or 'none'}")
+            continue
+        metrics = json.loads((root / "results" / "Pretrain" / "metrics.json").read_text(encoding="utf-8"))
+        card = path.with_name("README.md")
+        if not card.exists() or card.read_text(encoding="utf-8") != card_of(path, digest, metrics):
+            failures.append(
+                f"{card.relative_to(root)}: is not of {path.name} and results/Pretrain; run "
+                "`python -m src.experiment export --preset pretrain` as the card says"
+            )
     return failures
 
 
@@ -248,7 +278,7 @@ def repo_url(root: Path) -> list[str]:
 
 CHECKS = (
     *(lint, notebooks, executed_copies, readme_names, readme_numbers),
-    *(results, ablation, derived, sizes, repo_url),
+    *(results, studies, weights, derived, sizes, repo_url),
 )
 
 

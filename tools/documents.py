@@ -90,7 +90,7 @@ def missing(root: Path) -> list[str]:
 def stale(root: Path) -> list[str]:
     """Results that are not what they were counted from gives, each with its command."""
     commands = {str(path.relative_to(root)): command for path, command in needed(root).items()}
-    counted = [*check.results(root), *check.ablation(root)]
+    counted = [*check.results(root), *check.studies(root)]
     failures = [
         f"{line}; run `{commands[line.split(':')[0]]}`" if line.split(":")[0] in commands else line
         for line in counted

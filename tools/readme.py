@@ -1,19 +1,22 @@
 """`make readme`: the tables of both README files, each written anew between two markers.
 
 Accuracies come from `results/*/metrics.json`, the study's own from `results/study.json`, the audit from
-`results/data/audit.json`, the ablation from `results/ablation/ablation.csv` (its summary is written anew as
-well), speeds from `bench/results/<hardware>/*.json`.
+`results/data/audit.json`, a study from the table of its runs (its summary is written anew as well), speeds
+from `bench/results/<hardware>/*.json`.
 """
 
 from __future__ import annotations
 
 import json
 import sys
+from functools import partial
 from pathlib import Path
 
 from bench.tables import growth, hotspots, speed, steps
-from src.ablation.table import about, markdown, read_summary, read_table, write_summary
 from src.evaluate import wilson
+from src.studies import ABLATION, STUDIES, TRANSFER
+from src.studies.study import Study
+from src.studies.table import about, markdown, read_summary, read_table, write_summary
 
 ARMS = ("Baseline", "Improvement", "Best")
 HEADER = (
@@ -33,18 +36,18 @@ def results(root: Path) -> str:
     """The study's rows, then one row per arm in `results/`."""
     files = [root / "results" / arm / "metrics.json" for arm in ARMS]
     rows = [_row(json.loads(path.read_text(encoding="utf-8"))) for path in files if path.exists()]
-    study = json.loads((root / "results" / "study.json").read_text(encoding="utf-8"))
-    reported = [_reported(arm, study[arm.lower()]) for arm in ARMS if arm.lower() in study]
+    said = json.loads((root / "results" / "study.json").read_text(encoding="utf-8"))
+    reported = [_reported(arm, said[arm.lower()]) for arm in ARMS if arm.lower() in said]
     return "\n".join([HEADER, *reported, *rows])
 
 
-def ablation(root: Path) -> str:
-    """What all rows of the ablation share, then a line a row."""
-    folder = root / "results" / "ablation"
+def study(of: Study, root: Path) -> str:
+    """What all rows of a study share, then a line a row."""
+    folder = of.path(root / "results")
     if not (folder / "summary.csv").exists():
-        return "not run yet: `make ablation`"
+        return f"not run yet: `python -m src.experiment {of.name}`"
     table = markdown(read_summary(folder / "summary.csv"), ("row", "valid", "difference", "verdict"))
-    return f"{about(read_table(folder))}.\n\n{table}"
+    return f"{about(of, read_table(of, folder))}.\n\n{table}"
 
 
 def audit(root: Path) -> str:
@@ -81,7 +84,13 @@ def _without(arm: str, part: dict) -> str:
 
 
 PAGES = {
-    "README.md": {"results": results, "audit": audit, "ablation": ablation, "speed": speed},
+    "README.md": {
+        "results": results,
+        "audit": audit,
+        "ablation": partial(study, ABLATION),
+        "transfer40": partial(study, TRANSFER),
+        "speed": speed,
+    },
     "bench/README.md": {"steps": steps, "growth": growth, "hotspots": hotspots},
 }
 
@@ -133,8 +142,8 @@ def _row(metrics: dict) -> str:
 
 def main(root: Path | None = None) -> int:
     root = root or Path(__file__).resolve().parent.parent
-    if (root / "results" / "ablation" / "ablation.csv").exists():
-        write_summary(root / "results" / "ablation")
+    for of in STUDIES.values():
+        write_summary(of, of.path(root / "results"))
     for page in PAGES:
         path = root / page
         path.write_text(rewritten(path.read_text(encoding="utf-8"), root, page), encoding="utf-8")

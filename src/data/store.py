@@ -15,7 +15,7 @@ import os
 import shutil
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import filelock
@@ -72,6 +72,19 @@ class Store:
     def pictures(self, rows: np.ndarray) -> np.ndarray:
         """uint8 (n,S,S,3) of these rows, as figures show them."""
         return self.images[rows].transpose(0, 2, 3, 1)
+
+    def of_classes(self, kept_K: np.ndarray) -> Store:
+        """The same images with some of the classes, numbered anew; other rows lose class (-1) and split."""
+        number = np.full(len(self.wnids), -1)
+        number[kept_K] = np.arange(len(kept_K))
+        labels_N = number[self.labels_N]
+        classes = [self.manifest["classes"][label] for label in kept_K]
+        return replace(
+            self,
+            labels_N=labels_N,
+            official_split_N=np.where(labels_N >= 0, self.official_split_N, ""),
+            manifest=self.manifest | {"classes": classes},
+        )
 
 
 class DamagedStore(Exception):

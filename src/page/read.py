@@ -9,10 +9,11 @@ import numpy as np
 import pandas as pd
 
 from src import SetupError
-from src.ablation.table import about, read_summary, read_table
 from src.analysis import read_superclasses, sources, superclass_of_class
 from src.evaluate import class_texts, confusion, paired, read_predictions
 from src.files import read_json
+from src.studies import ABLATION
+from src.studies.table import about, read_summary, read_table
 
 ARMS = ("baseline", "improvement", "best")
 
@@ -76,8 +77,8 @@ def read_results(results: Path) -> Results:
     names = _class_names(arms, results)
     both = {"baseline", "improvement"} <= {arm.name for arm in arms}
     gallery, gallery_is_old = _read_gallery(results) if both else (None, False)
-    folder = results / "ablation"
-    table = read_table(folder)
+    folder = ABLATION.path(results)
+    table = read_table(ABLATION, folder)
     return Results(
         arms=arms,
         names=names,
@@ -87,7 +88,7 @@ def read_results(results: Path) -> Results:
         gallery=gallery,
         gallery_is_old=gallery_is_old,
         ablation=read_summary(folder / "summary.csv") if (folder / "summary.csv").exists() else None,
-        ablation_note=about(table) if len(table) else "",
+        ablation_note=about(ABLATION, table) if len(table) else "",
     )
 
 

@@ -1,9 +1,9 @@
-"""Run the ablation, row by row and resumable.
+"""Run a study, row by row and resumable.
 
     python -m src.experiment ablation --profile offline --data DIR
     python -m src.experiment ablation --profile offline --data DIR --rows baseline "+ full fine-tuning"
 
-A row that is in `ablation.csv` with the same configuration and data is not run again.
+A row that is in the study's table with the same configuration and data is not run again.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import json
 import shutil
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -22,8 +22,6 @@ from tqdm.auto import tqdm
 
 from src import SetupError
 from src import config as configs
-from src.ablation.grid import BUDGETS, SEEDS, Row, Times, grid
-from src.ablation.table import add_record, read_table, write_summary, write_table
 from src.config import AfterConfig, Config
 from src.evaluate import calibration_error
 from src.experiment import (
@@ -37,23 +35,8 @@ from src.experiment import (
 )
 from src.files import read_json
 from src.predict import loss_and_accuracy
-
-
-def config_of(row: Row, profile: str, data_dir: str, seed: int, overrides: dict[str, object]) -> Config:
-    """The row's configuration: preset, the profile's budget, `overrides`, its own changes and the seed.
-
-    On cached features a row trains as long as its preset says: epochs cost next to nothing there.
-    """
-    shared = {**BUDGETS.get(profile, {}), **overrides}
-    plain = configs.preset(row.arm, profile, shared)
-    own = {
-        name: value.of(plain) if isinstance(value, Times) else value for name, value in row.changes.items()
-    }
-    config = configure(row.arm, profile, data_dir, {**shared, **own, "train.seed": seed})
-    if config.caches_features and "train.epochs" not in overrides:
-        epochs = configs.preset(row.arm, profile).train.epochs
-        config = configs.with_fields(config, {"train.epochs": epochs})
-    return config
+from src.studies.study import SEEDS, Row, Study, Times
+from src.studies.table import add_record, read_table, write_summary, write_table
 
 
 @dataclass(frozen=True)
@@ -71,7 +54,7 @@ class Job:
 
     def paths(self, paths: Paths) -> Paths:
         """Where it runs: rows that differ in `after` alone share a folder, and so their training."""
-        return replace(paths, runs=paths.runs / "ablation" / self.training_key)
+        return replace(paths, runs=paths.runs / self.training_key)
 
     @classmethod
     def of(cls, row: Row, config: Config, fingerprint: str) -> Job:
@@ -91,50 +74,59 @@ def config_key(config: Config, fingerprint: str) -> str:
 
 @dataclass(frozen=True)
 class Plan:
-    """What an ablation is run on: the profile, the data and what the command line overrides."""
+    """What a study is run on: the profile, the data and what the command line overrides."""
 
+    study: Study
     profile: str
-    data_dir: str
-    overrides: dict[str, object]
-    fingerprint: str
+    data_dir: str = ""
+    overrides: dict[str, object] = field(default_factory=dict)
+    fingerprint: str = ""
+
+    def config(self, row: Row, seed: int) -> Config:
+        """The row's configuration: preset, the profile's budget, `overrides`, its own changes and the seed.
+
+        On cached features a row trains as long as its preset says: epochs cost next to nothing there.
+        """
+        shared = {**self.study.budgets.get(self.profile, {}), **self.overrides}
+        plain = configs.preset(row.arm, self.profile, shared)
+        own = {
+            name: value.of(plain) if isinstance(value, Times) else value
+            for name, value in row.changes.items()
+        }
+        config = configure(row.arm, self.profile, self.data_dir, {**shared, **own, "train.seed": seed})
+        if config.caches_features and "train.epochs" not in self.overrides:
+            epochs = configs.preset(row.arm, self.profile).train.epochs
+            config = configs.with_fields(config, {"train.epochs": epochs})
+        return config
 
     def job(self, name: str, seed: int) -> Job:
-        """The job of the grid's row `name`."""
-        row = next(row for row in grid() if row.name == name)
-        config = config_of(row, self.profile, self.data_dir, seed, self.overrides)
-        return Job.of(row, config, self.fingerprint)
+        """The job of the study's row `name`."""
+        row = self.study.row(name)
+        return Job.of(row, self.config(row, seed), self.fingerprint)
 
 
-def run_ablation(
-    profile: str,
-    data_dir: str,
-    paths: Paths,
-    names: Sequence[str] = (),
-    seeds: Sequence[int] = SEEDS,
-    overrides: dict | None = None,
-) -> Path:
-    """Run what is missing of the grid, seed by seed, and write table, summary and figure as rows come in.
+def run_study(plan: Plan, paths: Paths, names: Sequence[str] = (), seeds: Sequence[int] = SEEDS) -> Path:
+    """Run what is missing of the study, seed by seed; write table, summary and figure as rows come in.
 
     `names`: these rows alone (all by default). Returns the folder of the results. A row that cannot be run
     is passed over and named at the end. Raises `SetupError` for that, for a name that is no row's, and where
     the folder holds other rows of another configuration or of other data.
     """
-    known = [row.name for row in grid()]
-    if unknown := [name for name in names if name not in known]:
-        raise SetupError(f"no row is called {unknown[0]!r}; the rows are: {'; '.join(known)}.")
-    folder = paths.results / "ablation"
+    study = plan.study
+    names = list(dict.fromkeys(names)) or [row.name for row in study.rows]
+    rows = [study.row(name) for name in names]
+    folder = study.path(paths.results)
     for needed in (folder, paths.runs, paths.cache):
         require_writable(needed)
-    recipe = configure("improvement", profile, data_dir, overrides)
-    plan = Plan(profile, data_dir, overrides or {}, open_data(recipe, paths).fingerprint)
-    jobs = [plan.job(name, seed) for seed in seeds for name in dict.fromkeys(names or known)]
-    missing = missing_jobs(folder, jobs, plan)
-    refused = run_jobs(folder, missing, len(jobs), paths)
-    write_summary(folder)
+    plan = replace(plan, fingerprint=open_data(plan.config(rows[0], seeds[0]), paths).fingerprint)
+    work = replace(paths, runs=paths.runs / study.name)
+    jobs = [plan.job(name, seed) for seed in seeds for name in names]
+    refused = run_jobs(plan, missing_jobs(folder, jobs, plan), len(jobs), work)
+    write_summary(study, folder)
     for job in jobs:  # also of rows that were done when a call before this one was cut off
-        shutil.rmtree(job.paths(paths).runs, ignore_errors=True)
+        shutil.rmtree(job.paths(work).runs, ignore_errors=True)
     with suppress(OSError):  # other rows' training may be in there
-        (paths.runs / "ablation").rmdir()
+        work.runs.rmdir()
     if refused:
         reasons = "\n".join(f"  {name}: {reason}" for name, reason in refused.items())
         raise SetupError(f"all rows are run but these, which cannot be:\n{reasons}")
@@ -143,7 +135,7 @@ def run_ablation(
 
 def missing_jobs(folder: Path, jobs: list[Job], plan: Plan) -> list[Job]:
     """The jobs that are not in the folder's table as they are asked for; stale lines of theirs go from it."""
-    table, known = read_table(folder), {row.name for row in grid()}
+    table, known = read_table(plan.study, folder), {row.name for row in plan.study.rows}
     lines = [(line.row, line.seed, line.config) for line in table.itertuples() if line.row in known]
     done = {(name, seed) for name, seed, key in lines if plan.job(name, seed).key == key}
     wanted = {(job.row.name, job.seed) for job in jobs}
@@ -155,27 +147,29 @@ def missing_jobs(folder: Path, jobs: list[Job], plan: Plan) -> list[Job]:
             "--results DIR."
         )
     if len(done) < len(table):
-        write_table(folder, table[[pair in done for pair in zip(table["row"], table["seed"], strict=True)]])
+        stay = [pair in done for pair in zip(table["row"], table["seed"], strict=True)]
+        write_table(plan.study, folder, table[stay])
     return [job for job in jobs if (job.row.name, job.seed) not in done]
 
 
-def run_jobs(folder: Path, jobs: list[Job], n_rows: int, paths: Paths) -> dict[str, str]:
+def run_jobs(plan: Plan, jobs: list[Job], n_rows: int, paths: Paths) -> dict[str, str]:
     """Run the jobs, the last of `n_rows`; rows that cannot be run, with the reason.
 
     Raises `SetupError` where two rows give the same reason: then it is no row's own.
     """
+    study, folder = plan.study, plan.study.path(paths.results)
     refused: dict[str, str] = {}
-    with tqdm(total=n_rows, initial=n_rows - len(jobs), desc="ablation", unit="row") as bar:
+    with tqdm(total=n_rows, initial=n_rows - len(jobs), desc=study.name, unit="row") as bar:
         for i, job in enumerate(jobs):
             bar.set_postfix_str(f"{job.row.name}, seed {job.seed}")
             if job.row.name not in refused:
                 try:
-                    add_record(folder, run_row(job, paths))
+                    add_record(study, folder, run_row(job, paths))
                 except SetupError as error:
                     if str(error) in refused.values():
                         raise
                     refused[job.row.name] = str(error)
-                write_summary(folder)
+                write_summary(study, folder)
             if job.training_key not in {later.training_key for later in jobs[i + 1 :]}:
                 shutil.rmtree(job.paths(paths).runs, ignore_errors=True)
             bar.update()

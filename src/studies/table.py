@@ -1,4 +1,4 @@
-"""The ablation's results: the table of rows and seeds, what follows from it, and how it is written."""
+"""A study's results: the table of rows and seeds, what follows from it, and how it is written."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ import pandas as pd
 from scipy.stats import t as student
 
 from src import SetupError
-from src.ablation.grid import grid
 from src.config import PRESETS
-from src.figures import ablation_figure
+from src.figures import study_figure, transfer_figure
 from src.files import write_atomically
 from src.report import save, write_csv
+from src.studies.study import Study
 
-# Columns of the ablation in words, and how each is aligned.
+# Columns of a study in words, and how each is aligned.
 COLUMNS = {
     "row": "---",
     "valid": "---:",
@@ -28,9 +28,9 @@ COLUMNS = {
 }
 
 
-def read_table(folder: Path) -> pd.DataFrame:
-    """`ablation.csv`, or an empty table."""
-    path = folder / "ablation.csv"
+def read_table(study: Study, folder: Path) -> pd.DataFrame:
+    """The study's CSV in `folder`, or an empty table."""
+    path = folder / f"{study.name}.csv"
     if not path.exists():
         return pd.DataFrame(columns=["row", "seed", "config"])
     try:
@@ -40,21 +40,21 @@ def read_table(folder: Path) -> pd.DataFrame:
         raise SetupError(f"{path} cannot be read ({error}). Move it away to start anew.") from None
 
 
-def write_table(folder: Path, table: pd.DataFrame) -> None:
-    """`ablation.csv` in the grid's order, without rows that the grid no longer has."""
-    order = {row.name: place for place, row in enumerate(grid())}
+def write_table(study: Study, folder: Path, table: pd.DataFrame) -> None:
+    """The study's CSV in the order of its rows, without those that it no longer has."""
+    order = {row.name: place for place, row in enumerate(study.rows)}
     table = table[table["row"].isin(order)]
     table = table.sort_values(["row", "seed"], key=lambda c: c.map(order) if c.name == "row" else c)
-    write_csv(table, folder / "ablation.csv")
+    write_csv(table, folder / f"{study.name}.csv")
 
 
-def add_record(folder: Path, record: dict) -> None:
-    """Write the record into `ablation.csv`."""
-    table, line = read_table(folder), pd.DataFrame([record])
-    write_table(folder, pd.concat([table, line]) if len(table) else line)
+def add_record(study: Study, folder: Path, record: dict) -> None:
+    """Write the record into the study's CSV."""
+    table, line = read_table(study, folder), pd.DataFrame([record])
+    write_table(study, folder, pd.concat([table, line]) if len(table) else line)
 
 
-def summarise(table: pd.DataFrame) -> pd.DataFrame:
+def summarise(study: Study, table: pd.DataFrame) -> pd.DataFrame:
     """A line a row: mean and sd over seeds, and the difference on `valid` to the row compared with.
 
     The difference is paired by seed, its 95 % interval Student's over the seeds that both have (none for one
@@ -62,7 +62,7 @@ def summarise(table: pd.DataFrame) -> pd.DataFrame:
     """
     by_row = {name: group.set_index("seed") for name, group in table.groupby("row")}
     lines = []
-    for row in (row for row in grid() if row.name in by_row):
+    for row in (row for row in study.rows if row.name in by_row):
         own, other = by_row[row.name], by_row.get(row.against)
         valid = own["valid_accuracy"]
         line = {
@@ -101,18 +101,24 @@ def paired_difference(differences: np.ndarray) -> dict[str, object]:
     return {"difference": mean, "low": mean - half, "high": mean + half, "verdict": verdict}
 
 
-def write_summary(folder: Path) -> None:
-    """`summary.csv`, `summary.md` and `ablation.png` from `ablation.csv`; nothing where that is empty."""
-    table = read_table(folder)
+def write_summary(study: Study, folder: Path) -> None:
+    """`summary.csv`, `summary.md` and the figure from the study's CSV; nothing where that is empty."""
+    table = read_table(study, folder)
     if table.empty:
         return
-    save(ablation_figure(write_words(folder, table), about(table)), folder / "ablation.png")
+    summary, note = write_words(study, folder, table), about(study, table)
+    if study.over_images:
+        arms = table["row"].map({row.name: row.arm for row in study.rows})
+        figure = transfer_figure(study.title, table.assign(arm=arms), note)
+    else:
+        figure = study_figure(study.title, summary, note)
+    save(figure, folder / f"{study.name}.png")
 
 
-def write_words(folder: Path, table: pd.DataFrame) -> pd.DataFrame:
+def write_words(study: Study, folder: Path, table: pd.DataFrame) -> pd.DataFrame:
     """`summary.csv` and `summary.md`, which follow from the table to the letter; returns the summary."""
-    summary = summarise(table)
-    words = text(summary, about(table))
+    summary = summarise(study, table)
+    words = text(study, summary, about(study, table))
     write_csv(summary, folder / "summary.csv")
     write_atomically(folder / "summary.md", lambda p: p.write_text(words, encoding="utf-8"))
     return summary
@@ -123,20 +129,21 @@ def read_summary(path: Path) -> pd.DataFrame:
     return pd.read_csv(path).fillna({"against": "", "verdict": ""})
 
 
-def about(table: pd.DataFrame) -> str:
+def about(study: Study, table: pd.DataFrame) -> str:
     """What all rows share, for the footer of the figure and the head of the text."""
-    arms = {row.name: PRESETS[row.arm].model.trainable for row in grid()}
-    parts = {row.name: row.changes.get("model.trainable", arms[row.name]) for row in grid()}
+    arms = {row.name: PRESETS[row.arm].model.trainable for row in study.rows}
+    parts = {row.name: row.changes.get("model.trainable", arms[row.name]) for row in study.rows}
     trained = table[table["row"].map(parts) != "none"]
 
     def shared(column: str, lines: pd.DataFrame = table) -> str:
-        return ", ".join(str(value) for value in sorted(set(lines[column])))
+        values = sorted(set(lines[column]))
+        return ", ".join(f"{value:,}" if column == "n_fit" else str(value) for value in values)
 
     epochs = f"epochs: {shared('epochs', trained)} where the backbone is trained" if len(trained) else ""
     facts = (
         shared("backbone"),
         f"{shared('image_size')} px",
-        f"{table['n_fit'].iloc[0]:,} images to train on",
+        f"{shared('n_fit')} images to train on",
         epochs,
         f"seeds: {shared('seed')}",
         f"data: {shared('data')}",
@@ -146,11 +153,11 @@ def about(table: pd.DataFrame) -> str:
     return " · ".join(fact for fact in facts if fact)
 
 
-def text(summary: pd.DataFrame, note: str) -> str:
-    """The ablation in words: a line a row, generated from the numbers."""
+def text(study: Study, summary: pd.DataFrame, note: str) -> str:
+    """The study in words: a line a row, generated from the numbers."""
     return "\n".join(
         (
-            "# What each ingredient is worth",
+            f"# {study.title}",
             "",
             f"{note}.",
             "",

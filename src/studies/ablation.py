@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from src.studies.study import Row, Study, Times
 
-from src.config import Config, get
-
-SEEDS = (0, 1, 2)
 # What every row of a profile shares: small enough for all rows and seeds, and the same for each.
 BUDGETS = {
     "quick": {"train.epochs": 2, "data.fit_per_class": 20},
@@ -20,29 +17,6 @@ BUDGETS = {
 }
 # The improvement as written: single ingredients are added to it or taken from it.
 RECIPE = "+ label smoothing (recipe)"
-
-
-@dataclass(frozen=True)
-class Times:
-    """A multiple of a field that the profile sets; of a size, to the nearest 32 pixels."""
-
-    factor: float
-    field: str
-
-    def of(self, config: Config) -> float | int:
-        value = get(config, self.field)
-        return round(self.factor * value / 32) * 32 if isinstance(value, int) else self.factor * value
-
-
-@dataclass(frozen=True)
-class Row:
-    """A line of the ablation: a preset with some fields changed, and the row that it is compared with."""
-
-    name: str
-    arm: str = "baseline"
-    changes: dict[str, object] = field(default_factory=dict)
-    against: str = ""
-
 
 AS_RUN = (
     Row("baseline as run", "as_run_baseline"),
@@ -120,3 +94,6 @@ def grid() -> tuple[Row, ...]:
     recipe = next(row for row in rows if row.name == RECIPE)
     rows += [Row(name, "baseline", recipe.changes | change, RECIPE) for name, change in SINGLE.items()]
     return (*rows, Row("best", "best", against=RECIPE))
+
+
+ABLATION = Study("ablation", "What each ingredient is worth", "ablation", grid(), BUDGETS)

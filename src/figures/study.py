@@ -1,4 +1,4 @@
-"""Figures of the recipe: what each ingredient is worth, and which learning rates train."""
+"""Figures of studies: what each row is worth, accuracy by images to train on, learning rates that train."""
 
 from __future__ import annotations
 
@@ -6,20 +6,21 @@ import matplotlib as mpl
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import MaxNLocator, NullFormatter
 
 from src.figures.style import BLUE, DARK, GREY, ORANGE, blank_figure, percent, signed, styled
 
 COLOURS = {"helps": BLUE, "hurts": ORANGE}
+ARMS = {"baseline": (BLUE, "frozen backbone"), "improvement": (ORANGE, "all layers trained")}
 ROW_HEIGHT = 0.205  # inches: all rows fit a page, and their names can still be read there
 SHOWN = 0.85  # of the intervals lie within the axis at least; one large step would flatten all others
 
 
 @styled
-def ablation_figure(summary: pd.DataFrame, note: str) -> Figure:
+def study_figure(title: str, summary: pd.DataFrame, note: str) -> Figure:
     """A line a row: accuracy over seeds on the left, the paired difference with its interval on the right."""
     n, places = len(summary), np.arange(len(summary))
-    figure = blank_figure(2 + ROW_HEIGHT * n, "What each ingredient is worth: accuracy on valid", note)
+    figure = blank_figure(2 + ROW_HEIGHT * n, f"{title}: accuracy on valid", note)
     accuracy, difference = figure.subplots(1, 2, sharey=True, width_ratios=[1, 1.25])
     spread = summary["valid_sd"].fillna(0)
     accuracy.errorbar(summary["valid_mean"], places, xerr=spread, fmt="o", ms=4.5, color=DARK, capsize=2)
@@ -72,6 +73,26 @@ def _section_starts(summary: pd.DataFrame) -> list[int]:
     """Rows that are compared with nothing, and the first after the ladder, whose rows start with a plus."""
     added, alone = summary["row"].str.startswith("+"), summary["against"] == ""
     return [i for i in range(1, len(summary)) if alone[i] or (added[i - 1] and not added[i])]
+
+
+@styled
+def transfer_figure(title: str, table: pd.DataFrame, note: str) -> Figure:
+    """Both arms over the training images, on a logarithmic axis: a dot a seed, a line through their means."""
+    figure = blank_figure(5.2, f"{title}: accuracy on valid", note)
+    axes = figure.subplots()
+    for arm, (colour, label) in ARMS.items():
+        own = table[table["arm"] == arm]
+        means = own.groupby("n_fit")["valid_accuracy"].mean()
+        axes.plot(own["n_fit"], own["valid_accuracy"], "o", ms=5, color=colour, alpha=0.45)
+        axes.plot(means.index, means, "o-", ms=7, lw=2, color=colour, label=label)
+    sizes = sorted(set(table["n_fit"]))
+    axes.set_xscale("log")
+    axes.set_xticks(sizes, [f"{n:,}" for n in sizes])
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.yaxis.set_major_formatter(percent)
+    axes.set(xlabel="images to train on", ylabel="accuracy on valid")
+    axes.legend(loc="upper left")
+    return figure
 
 
 @styled
