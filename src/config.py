@@ -496,6 +496,15 @@ def from_dict(data: dict) -> Config:
     return _build(Config, data, "")
 
 
+def completed(known: dict, defaults: dict) -> dict:
+    """Nested `known`, perhaps of an earlier version, with the keys that it lacks taken from `defaults`."""
+    both = {
+        key: completed(known.get(key, {}), value) if isinstance(value, dict) else known.get(key, value)
+        for key, value in defaults.items()
+    }
+    return known | both
+
+
 def differences(ours: dict, theirs: dict) -> list[str]:
     """`key: theirs -> ours` for every dotted field in which two dicts of `to_dict` differ."""
 

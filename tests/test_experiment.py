@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -37,7 +38,7 @@ from src.experiment import (
     start_from_probe,
     train_and_predict,
 )
-from src.files import read_json
+from src.files import read_json, write_json
 from src.model.build import Classifier, gmacs
 from src.train import Trainer
 
@@ -648,6 +649,25 @@ def test_where_the_data_lay_is_no_part_of_a_run(pets, weights, tmp_path):
     claim_run_folder(prepare(with_fields(config, {"data.path": str(moved)}), paths(tmp_path)))
     with pytest.raises(SetupError, match="config.train.batch_size: 5 -> 6"):
         claim_run_folder(prepare(with_fields(config, {"train.batch_size": 6}), paths(tmp_path)))
+
+
+def test_a_run_from_before_a_field_was_there_goes_on(pets, weights, tmp_path):
+    """The field is off at its default; with another value, or gone from this version, the run is another."""
+    config = own(pets, weights)
+    setup = prepare(config, paths(tmp_path))
+    claim_run_folder(setup)
+    record = setup.run_folder / "run.json"
+    earlier = read_json(record)
+    del earlier["config"]["data"]["imbalance"], earlier["config"]["after"]
+    write_json(record, earlier)
+    claim_run_folder(setup)
+    write_json(record, earlier)
+    with pytest.raises(SetupError, match="config.data.imbalance: 1.0 -> 2.0"):
+        claim_run_folder(replace(setup, config=with_fields(config, {"data.imbalance": 2.0})))
+    earlier["config"]["data"]["oversampled"] = True
+    write_json(record, earlier)
+    with pytest.raises(SetupError, match="config.data.oversampled: True -> None"):
+        claim_run_folder(setup)
 
 
 def test_quick_never_overwrites_real_results():
