@@ -56,23 +56,27 @@ def group_of_layers(backbone: nn.Module) -> tuple[dict[str, int], int]:
     return {name: depth * n_groups // n_layers for name, depth in depths.items()}, n_groups
 
 
-def build_optimizer(model: Classifier, config: OptimConfig) -> torch.optim.AdamW:
-    """Fused AdamW over `parameter_groups`."""
-    return torch.optim.AdamW(parameter_groups(model, config), fused=True)
+def build_optimizer(model: Classifier, config: OptimConfig) -> torch.optim.Optimizer:
+    """Fused AdamW, or Adam (whose weight decay is λw in the gradient), over `parameter_groups`."""
+    kind = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam}[config.optimizer]
+    return kind(parameter_groups(model, config), fused=True)
 
 
 def lr_at(step: int, total_steps: int, config: OptimConfig) -> float:
-    """Factor of every group's `base_lr` at `step` of `total_steps`: linear warm-up, then constant or cosine.
+    """Factor of every group's `base_lr` at `step` of `total_steps`: linear warm-up, then the schedule.
 
     The first step of a warm-up is above zero and the last step of a cosine (Loshchilov & Hutter 2017) is at
-    the end of the curve's last segment, also above zero.
+    the end of the curve's last segment, also above zero. The parts of `step` divide what follows the warm-up.
     """
     warmup_steps = round(config.warmup_fraction * total_steps)
     if step < warmup_steps:
         return (step + 1) / warmup_steps
     if config.schedule == "constant":
         return 1.0
-    return 0.5 * (1 + math.cos(math.pi * (step - warmup_steps) / max(1, total_steps - warmup_steps)))
+    done, n_steps = step - warmup_steps, max(1, total_steps - warmup_steps)
+    if config.schedule == "step":
+        return 0.1 ** (done * config.step_parts // n_steps)
+    return 0.5 * (1 + math.cos(math.pi * done / n_steps))
 
 
 def set_lr(optimizer: torch.optim.Optimizer, factor: float) -> None:

@@ -18,6 +18,10 @@ EVERYTHING = AugmentConfig(
     flip=0.5,
     crop_padding=4,
     crop_scale=(0.5, 1.0),
+    rotation=30.0,
+    rotation_p=0.5,
+    jitter=0.4,
+    hue=0.1,
     randaugment_ops=2,
     randaugment_magnitude=9,
     trivial_augment=True,
@@ -246,6 +250,144 @@ def test_flip():
     assert stats.binomtest(n_flipped, 400, 0.3).pvalue > 0.01
 
 
+# Rotation
+
+
+def degrees(n: int) -> torch.Tensor:
+    """`n` angles, with the right ones among them."""
+    right = torch.tensor([0.0, 90.0, -90.0, 180.0, 45.0, -45.0, 1e-3])
+    return torch.cat([right, 180 * (2 * torch.rand(n, generator=seeded(5)) - 1)])[:n]
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("size", [*SIZES, (33, 20), (64, 64)])
+def test_rotation_is_torchvision_s_inside_the_image(size, channels):
+    """To within one level; where no neighbour is inside it is the colour, also to the level."""
+    images, angles = random_images(40, *size, channels), degrees(40)
+    ours = aug.rotate(images, angles, torch.ones(40, dtype=torch.bool), FILL[:channels])
+    n_inside = n_outside = 0
+    for image, angle, turned in zip(images, angles.tolist(), ours, strict=True):
+        kind = {"interpolation": transforms.InterpolationMode.BILINEAR, "fill": list(FILL[:channels])}
+        theirs = v2.RandomRotation((angle, angle), **kind)(image)
+        share = F.rotate(torch.ones(1, *size), angle, interpolation=kind["interpolation"])
+        inside, outside = (share > 1 - 1e-5).expand_as(image), (share < 1e-5).expand_as(image)
+        assert (turned[inside].int() - theirs[inside].int()).abs().max() <= 1
+        assert turned[outside].equal(theirs[outside])
+        n_inside, n_outside = n_inside + int(inside.sum()), n_outside + int(outside.sum())
+    assert n_inside > 0.6 * ours.numel() and n_outside > 0.05 * ours.numel()
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_a_turned_image_is_that_of_one_padded_with_the_colour(size):
+    """Every pixel, those on the border too: torchvision's, with a border so wide that none is cut."""
+    images, angles = random_images(40, *size), degrees(40)
+    ours = aug.rotate(images, angles, torch.ones(40, dtype=torch.bool), FILL)
+    padded = F.pad(images, [30] * 4, fill=list(FILL))
+    for image, angle, turned in zip(padded, angles.tolist(), ours, strict=True):
+        theirs = F.rotate(image, angle, interpolation=transforms.InterpolationMode.BILINEAR)
+        assert (turned.int() - F.center_crop(theirs, list(size)).int()).abs().max() <= 1
+
+
+def test_rotation_leaves_what_is_not_chosen_or_not_turned():
+    images, nobody = random_images(30, 20, 33), torch.zeros(30, dtype=torch.bool)
+    before, some = images.clone(), torch.arange(30) % 3 == 1
+    angles = 10 + degrees(30).abs().clamp(max=70)
+    turned = aug.rotate(images, angles, some, FILL)
+    changed = (turned != images).flatten(1).any(1)
+    assert changed.equal(some) and turned.dtype == torch.uint8 and turned.shape == images.shape
+    alone = [aug.rotate(images[i : i + 1], angles[i : i + 1], ~nobody[:1], FILL) for i in range(1, 30, 3)]
+    assert turned[some].equal(torch.cat(alone))
+    assert aug.rotate(images, angles, nobody, FILL).equal(images)
+    assert aug.rotate(images, torch.zeros(30), ~nobody, FILL).equal(images)
+    assert aug.rotate(images[:0], angles[:0], nobody[:0], FILL).shape == (0, 3, 20, 33)
+    assert images.equal(before)
+
+
+def test_angles_are_uniform_and_as_many_as_the_probability_says(monkeypatch):
+    drawn = []
+    monkeypatch.setattr(aug, "rotate", lambda images, *draws: drawn.append(draws) or images)
+    images = random_images(1, 1, 1).expand(4000, -1, -1, -1)
+    aug.augment(images, AugmentConfig(rotation=25.0, rotation_p=0.3), seeded(), FILL)
+    aug.augment(images, AugmentConfig(rotation=180.0), seeded(1), FILL)
+    for (angles, chosen, fill), limit, p in zip(drawn, (25, 180), (0.3, 1), strict=True):
+        assert stats.kstest(angles.numpy(), stats.uniform(-limit, 2 * limit).cdf).pvalue > 0.01
+        assert stats.kstest(angles[chosen].numpy(), stats.uniform(-limit, 2 * limit).cdf).pvalue > 0.01
+        assert stats.binomtest(int(chosen.sum()), 4000, p).pvalue > 0.01 and fill == FILL
+
+
+# Colour jitter
+
+CHANGES = (F.adjust_brightness, F.adjust_contrast, F.adjust_saturation)
+FACTORS = (0.0, 0.2, 0.5, 0.73, 0.999, 1.0, 1.31, 1.5, 2.0)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("which", range(3))
+def test_each_change_of_colour_is_torchvision_s(which, channels):
+    """Within one level, every image by each factor, shuffled into one batch; the other factors are 1."""
+    images = varied_images(20, 33)[:, :channels]
+    batch, factors = images.repeat(len(FACTORS), 1, 1, 1), torch.ones(3, len(FACTORS) * len(images))
+    factors[which] = torch.tensor(FACTORS).repeat_interleave(len(images))
+    before, shuffle = batch.clone(), torch.randperm(len(batch), generator=seeded())
+    result = torch.empty_like(batch)
+    result[shuffle] = aug.jitter(batch[shuffle], factors[:, shuffle])
+    for image, factor, ours in zip(batch, factors[which].tolist(), result, strict=True):
+        assert (ours.int() - CHANGES[which](image, factor).int()).abs().max() <= 1, factor
+    ones = factors[which] == 1
+    assert result[ones].equal(batch[ones]) and not result[~ones].equal(batch[~ones]) or channels == 1
+    assert batch.equal(before)
+
+
+def test_jitter_changes_brightness_then_contrast_then_saturation():
+    images, factors = varied_images(24, 24), 0.5 + torch.rand(3, 9, generator=seeded())
+    one_by_one = images
+    for which in range(3):
+        alone = torch.ones(3, 9)
+        alone[which] = factors[which]
+        one_by_one = aug.jitter(one_by_one, alone)
+    assert aug.jitter(images, factors).equal(one_by_one)
+
+
+def test_hue_is_torchvision_s():
+    """Within one level, of every mixture of 18 levels by every shift in one batch."""
+    levels = torch.arange(0, 256, 15, dtype=torch.uint8)
+    image = torch.cartesian_prod(levels, levels, levels).T.reshape(3, 54, -1)
+    shifts = torch.cat([torch.linspace(-0.5, 0.5, 13), torch.tensor([0.0, 1 / 7, 1e-4])])
+    batch = image.expand(len(shifts), -1, -1, -1)
+    ours = aug.shift_hue(batch, shifts)
+    assert ours.dtype == torch.uint8 and batch.equal(image.expand_as(batch))
+    for turned, shift in zip(ours, shifts.tolist(), strict=True):
+        assert (turned.int() - F.adjust_hue(image, shift).int()).abs().max() <= 1, shift
+    assert ours[13].equal(image)
+
+
+def test_grey_has_no_hue_and_one_channel_no_saturation():
+    images = random_images(12, channels=1)
+    shifts, factors = torch.linspace(-0.5, 0.5, 12), torch.ones(3, 12)
+    factors[2] = torch.linspace(0, 2, 12)
+    assert aug.shift_hue(images, shifts).equal(images) and aug.jitter(images, factors).equal(images)
+    grey = images.expand(-1, 3, -1, -1)
+    assert aug.shift_hue(grey, shifts).equal(grey)
+    out = aug.augment(images, AugmentConfig(rotation=20.0, jitter=0.4, hue=0.1), seeded(), FILL[:1])
+    assert out.shape == images.shape and out.dtype == torch.uint8 and not out.equal(images)
+
+
+def test_factors_and_shifts_are_uniform(monkeypatch):
+    """Each of its own range, and drawn each for itself."""
+    drawn = []
+    for name in ("jitter", "shift_hue"):
+        monkeypatch.setattr(aug, name, lambda images, values: drawn.append(values) or images)
+    images = random_images(1, 1, 1).expand(4000, -1, -1, -1)
+    aug.augment(images, AugmentConfig(jitter=0.4, hue=0.07), seeded(), FILL)
+    factors, shifts = drawn
+    assert factors.shape == (3, 4000) and shifts.shape == (4000,)
+    for values in factors:
+        assert stats.kstest(values.numpy(), stats.uniform(0.6, 0.8).cdf).pvalue > 0.01
+    assert stats.kstest(shifts.numpy(), stats.uniform(-0.07, 0.14).cdf).pvalue > 0.01
+    correlations = np.corrcoef(torch.cat([factors, shifts[None]]).numpy())
+    assert np.abs(correlations - np.eye(4)).max() < 0.06
+
+
 # Chosen samples
 
 
@@ -458,6 +600,16 @@ def test_identity_changes_nothing():
     assert aug.augment(images, AugmentConfig(), seeded(), FILL).equal(images)
 
 
+@pytest.mark.parametrize(
+    "off", [AugmentConfig(), AugmentConfig(rotation_p=0.5), AugmentConfig(rotation=9.0, rotation_p=0.0)]
+)
+def test_nothing_is_drawn_for_what_is_off(off):
+    """So a field that is added changes no run that leaves it off."""
+    generator = seeded(7)
+    assert aug.augment(random_images(), off, generator, FILL).equal(random_images())
+    assert generator.get_state().equal(seeded(7).get_state())
+
+
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("n", [1, 2, 33])
 def test_contract(n, size):
@@ -481,11 +633,15 @@ def test_draws_ignore_global_randomness():
     assert state.equal(torch.get_rng_state())
 
 
-def test_order_is_crop_shift_flip_randaugment_trivialaugment_erase_cut_out():
+def test_order_is_crop_shift_flip_rotate_jitter_randaugment_trivialaugment_erase_cut_out():
     images, generator = random_images(40), seeded(5)
     out = aug.resized_crop(images, aug.draw_crops(40, 24, 24, (0.5, 1.0), generator))
     out = aug.shift(out, torch.randint(9, (40, 2), generator=generator) - 4)
     out = aug.flip(out, torch.rand(40, generator=generator) < 0.5)
+    turned = torch.rand(40, generator=generator) < 0.5
+    out = aug.rotate(out, 30 * (2 * torch.rand(40, generator=generator) - 1), turned, FILL)
+    out = aug.jitter(out, 1 + 0.4 * (2 * torch.rand((3, 40), generator=generator) - 1))
+    out = aug.shift_hue(out, 0.1 * (2 * torch.rand(40, generator=generator) - 1))
     for _ in range(2):
         out = aug.rand_augment(out, aug.draw_codes(40, generator), 9)
     bins = torch.randint(31, (40,), generator=generator)
@@ -511,6 +667,10 @@ def test_same_on_cuda():
     codes = torch.arange(2 * len(aug.MOVES)).repeat(4)[:32]
     moved = aug.rand_augment(images[:32].cuda(), codes, 9)
     assert moved.cpu().equal(aug.rand_augment(images[:32], codes, 9))
+    config = AugmentConfig(rotation=20.0, rotation_p=0.7)
+    expected = aug.augment(images, config, seeded(), FILL)
+    turned = aug.augment(images.cuda(), config, seeded(), FILL).cpu()
+    assert (turned.int() - expected.int()).abs().max() <= 1
 
 
 def test_corners_reach_every_place():

@@ -27,12 +27,15 @@ BASE = Config(
     optim=OptimConfig(lr=1e-3, head_lr=1e-2, weight_decay=0.01, schedule="cosine"),
     train=TrainConfig(epochs=3, batch_size=6),
 )
-# What training makes of the weights must differ from what it makes of them without the field. Fields in which
-# an ingredient is set together with another stand as pairs.
+# What training makes of the weights must differ from what it makes of them without the field.
 INGREDIENTS = {
     "augment.flip": 1.0,
     "augment.crop_padding": 4,
     "augment.crop_scale": (0.3, 0.9),
+    "augment.rotation": 30.0,
+    "augment.rotation_p": 0.5,
+    "augment.jitter": 0.4,
+    "augment.hue": 0.3,
     "augment.randaugment_ops": 2,
     "augment.randaugment_magnitude": 20,
     "augment.trivial_augment": True,
@@ -52,11 +55,13 @@ INGREDIENTS = {
     "model.attention_gate": 0.1,
     "model.relative_position": True,
     "model.scra": True,
+    "optim.optimizer": "adam",
     "optim.lr": 2e-3,
     "optim.head_lr": 2e-2,
     "optim.layer_decay": 0.5,
     "optim.weight_decay": 0.5,
     "optim.schedule": "constant",
+    "optim.step_parts": 6,
     "optim.warmup_fraction": 0.5,
     "optim.label_smoothing": 0.3,
     "optim.class_weights": True,
@@ -68,6 +73,11 @@ INGREDIENTS = {
     "train.start_size": 32,
     "train.ema_decay": 0.9,
     "train.seed": 1,
+}
+# Fields that act on another ingredient, which is on with them and without.
+ALONGSIDE = {
+    "augment.rotation_p": {"augment.rotation": 30.0},
+    "optim.step_parts": {"optim.schedule": "step"},
 }
 # These change nothing that a network learns, or are tested where they act.
 ELSEWHERE = {
@@ -116,8 +126,10 @@ def test_training_is_repeatable(tmp_path, reference):
 
 @pytest.mark.parametrize("name", INGREDIENTS)
 def test_an_ingredient_changes_what_is_learned(tmp_path, reference, name):
-    state = learned(tmp_path, with_fields(BASE, {name: INGREDIENTS[name]}))
-    assert not torch.equal(state["classifier.weight"], reference["classifier.weight"])
+    base = with_fields(BASE, ALONGSIDE.get(name, {}))
+    before = learned(tmp_path, base) if name in ALONGSIDE else reference
+    state = learned(tmp_path, with_fields(base, {name: INGREDIENTS[name]}))
+    assert not torch.equal(state["classifier.weight"], before["classifier.weight"])
 
 
 def test_no_ingredient_is_left_out():
@@ -127,7 +139,13 @@ def test_no_ingredient_is_left_out():
     assert {f.name for f in dataclasses.fields(AfterConfig)} == {
         "soup_epochs", "wise_ft", "tta", "temperature",  # test_after
     }  # fmt: skip
-    assert {"fit_per_class", "imbalance", "sampling"} <= {f.name for f in dataclasses.fields(DataConfig)}
+    assert {f.name for f in dataclasses.fields(DataConfig)} == {
+        "source", "path", "stored_size", "resize", "skip_bad",  # test_sources, test_store
+        "classes",  # test_studies
+        "protocol", "holdout_per_class", "split_seed", "folds", "fold",  # test_splits
+        "fit_per_class", "imbalance",  # test_splits
+        "sampling",  # above
+    }  # fmt: skip
 
 
 def test_a_query_a_class_predicts_otherwise(tmp_path):

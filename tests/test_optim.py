@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -184,17 +185,21 @@ def test_groups_of_layers_are_as_even_as_they_can_be():
 # ------------------------------------------------------------------------------------------ the step
 
 
-def test_one_step_is_the_formula(tmp_path):
-    """Loshchilov & Hutter 2019: the first step is p (1 - lr wd) - lr g / (|g| + eps)."""
+@pytest.mark.parametrize("kind", ["adamw", "adam"])
+def test_one_step_is_the_formula(tmp_path, kind):
+    """Loshchilov & Hutter 2019: the first is p (1 - lr wd) - lr g / (|g| + eps); Adam adds wd p to g."""
     model = tiny.build(tmp_path, head="attention").model
-    optimizer = build_optimizer(model, CONFIG)
+    optimizer = build_optimizer(model, replace(CONFIG, optimizer=kind))
+    assert all(group["fused"] for group in optimizer.param_groups)
     set_lr(optimizer, 0.5)
     generator, expected = torch.Generator().manual_seed(0), {}
     for name, p in model.named_parameters():
         p.grad = torch.empty_like(p).normal_(generator=generator)  # laid out as p, as autograd does
         lr = 0.5 * (CONFIG.lr if name.startswith("backbone.") else CONFIG.head_lr)
         decay = CONFIG.weight_decay if p.ndim > 1 else 0.0
-        expected[name] = p.detach() * (1 - lr * decay) - lr * p.grad / (p.grad.abs() + 1e-8)
+        shrunk = p.detach() * (1 - lr * decay if kind == "adamw" else 1)
+        g = p.grad if kind == "adamw" else p.grad + decay * p.detach()
+        expected[name] = shrunk - lr * g / (g.abs() + 1e-8)
     optimizer.step()
     for name, p in model.named_parameters():
         torch.testing.assert_close(p.detach(), expected[name], atol=1e-6, rtol=1e-5, msg=name)
@@ -222,6 +227,33 @@ def test_schedule_is_torch_s(total, warmup, schedule):
             warnings.simplefilter("ignore")
             optimizer.step()
             scheduler.step()
+
+
+@pytest.mark.parametrize("warmup_epochs", [0, 6])
+@pytest.mark.parametrize(("parts", "step_size"), [(6, 5), (3, 10), (1, 30), (30, 1)])
+def test_steps_are_torch_s_over_epochs(parts, step_size, warmup_epochs):
+    """StepLR with a tenth: 30 epochs in so many parts, after the warm-up where there is one."""
+    n_steps, epochs = 7, warmup_epochs + 30
+    config = OptimConfig(schedule="step", step_parts=parts, warmup_fraction=warmup_epochs / epochs)
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, step_size, gamma=0.1)
+    warmup = [lr_at(step, n_steps * epochs, config) for step in range(n_steps * warmup_epochs)]
+    assert warmup == pytest.approx(np.arange(1, len(warmup) + 1) / max(1, len(warmup)), rel=1e-12)
+    for epoch in range(warmup_epochs, epochs):
+        factors = [lr_at(n_steps * epoch + step, n_steps * epochs, config) for step in range(n_steps)]
+        assert factors == pytest.approx(n_steps * [optimizer.param_groups[0]["lr"]], rel=1e-9), epoch
+        optimizer.step()
+        scheduler.step()
+
+
+@pytest.mark.parametrize(("total", "parts"), [(20, 3), (7, 4), (5, 5), (100, 6), (1, 1)])
+def test_parts_are_as_equal_as_they_can_be(total, parts):
+    config = OptimConfig(schedule="step", step_parts=parts)
+    factors = [lr_at(step, total, config) for step in range(total)]
+    sizes = Counter(factors)
+    assert sorted(sizes, reverse=True) == pytest.approx([0.1**part for part in range(parts)], rel=1e-12)
+    assert max(sizes.values()) - min(sizes.values()) <= 1
+    assert factors == sorted(factors, reverse=True)
 
 
 def test_schedule_rises_then_falls_and_never_reaches_zero():

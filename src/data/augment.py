@@ -33,10 +33,11 @@ BINS = 31
 def augment(
     images_BCHW: Tensor, config: AugmentConfig, generator: torch.Generator, fill: Sequence[int]
 ) -> Tensor:
-    """Crop, flip, RandAugment, TrivialAugment, erase and cut out, each sample with its own draws.
+    """Crop, flip, rotate, jitter, RandAugment, TrivialAugment, erase, cut out: each sample by its own draws.
 
     `images_BCHW`: uint8, 1 or 3 channels, any device. `generator`: on the CPU. `fill`: C levels, the colour
-    of erased rectangles; the mean colour of the weights' preprocessing is 0 after normalisation.
+    of erased rectangles and of what lies outside a turned image; the mean colour of the weights'
+    preprocessing is 0 after normalisation.
     Returns uint8 (B,C,H,W) on the same device; the input is not modified, and is itself the result if
     nothing is switched on.
     """
@@ -51,6 +52,13 @@ def augment(
         images = shift(images, shifts - config.crop_padding)
     if config.flip > 0:
         images = flip(images, torch.rand(n_images, generator=generator) < config.flip)
+    if config.rotation > 0 and config.rotation_p > 0:
+        chosen = torch.rand(n_images, generator=generator) < config.rotation_p
+        images = rotate(images, _draw_within(config.rotation, (n_images,), generator), chosen, fill)
+    if config.jitter > 0:
+        images = jitter(images, 1 + _draw_within(config.jitter, (3, n_images), generator))
+    if config.hue > 0:
+        images = shift_hue(images, _draw_within(config.hue, (n_images,), generator))
     for _ in range(config.randaugment_ops):
         images = rand_augment(images, draw_codes(n_images, generator), config.randaugment_magnitude)
     if config.trivial_augment:
@@ -77,7 +85,7 @@ def mixing(config: AugmentConfig, n_classes: int) -> v2.Transform | None:
     return v2.RandomChoice(mixes) if mixes else None
 
 
-# Crops and flips -----------------------------------------------------------------------------------
+# Crops, flips and rotations ------------------------------------------------------------------------
 
 
 def draw_crops(
@@ -126,6 +134,71 @@ def shift(images_BCHW: Tensor, offsets_B2: Tensor) -> Tensor:
 def flip(images_BCHW: Tensor, chosen_B: Tensor) -> Tensor:
     """Mirror left and right where `chosen_B` (bool, on the CPU)."""
     return _change_some(images_BCHW, chosen_B, lambda images, _: images.flip(-1))
+
+
+def rotate(images_BCHW: Tensor, degrees_B: Tensor, chosen_B: Tensor, fill: Sequence[int]) -> Tensor:
+    """Turn anticlockwise about the centre where `chosen_B` (bool; like `degrees_B` on the CPU): bilinear.
+
+    Outside the image is the colour `fill` (C levels). Pixels whose neighbours are all inside are those of
+    torchvision's bilinear `RandomRotation` within one level. On the border image and colour are blended once,
+    as if the image were padded with the colour before it is turned; torchvision lets it in twice.
+    """
+    height, width = images_BCHW.shape[2:]
+    colour = send(torch.tensor(fill, dtype=torch.float32), images_BCHW.device).view(1, -1, 1, 1)
+
+    def turn(images: Tensor, chosen: Tensor) -> Tensor:
+        if not len(images):
+            return images  # affine_grid refuses them
+        angle = degrees_B[chosen].deg2rad()
+        cos, sin, zero = angle.cos(), angle.sin(), torch.zeros_like(angle)
+        rows = [cos, -sin * height / width, zero, sin * width / height, cos, zero]
+        theta_B23 = send(torch.stack(rows, dim=1).view(-1, 2, 3), images.device)
+        grid_BHW2 = nn_functional.affine_grid(theta_B23, list(images.shape), align_corners=False)
+        # What grid_sample finds outside is 0: of the difference from the colour, so that it is the colour.
+        turned = nn_functional.grid_sample(images - colour, grid_BHW2, align_corners=False) + colour
+        return turned.round_().clamp_(0, 255).to(torch.uint8)
+
+    return _change_some(images_BCHW, chosen_B, turn)
+
+
+# Colour jitter -------------------------------------------------------------------------------------
+
+
+def jitter(images_BCHW: Tensor, factors_3B: Tensor) -> Tensor:
+    """Brightness, then contrast, then saturation times each sample's factor, as `adjust_*` of torchvision.
+
+    Each of them is within one level of it. torchvision's `ColorJitter` takes them, and the hue, in another
+    order at every call; here the order is fixed, and the hue comes after. `factors_3B`: from 0, on the CPU.
+    One channel has no saturation.
+    """
+    brightness, contrast, saturation = send(factors_3B, images_BCHW.device)[..., None, None, None]
+    images = _blend(images_BCHW, images_BCHW.new_zeros(1), brightness)
+    images = _blend(images, F.rgb_to_grayscale(images).float().mean((1, 2, 3), keepdim=True), contrast)
+    return _blend(images, F.rgb_to_grayscale(images), saturation)
+
+
+def shift_hue(images_BCHW: Tensor, shifts_B: Tensor) -> Tensor:
+    """Hue moved on by each sample's part of its circle, within one level of torchvision's `adjust_hue`.
+
+    `shifts_B`: in [-0.5, 0.5], on the CPU. One channel has no hue. The way to HSV and back is short where
+    value and saturation stay: a channel lies below the largest by the chroma times a trapezium of the hue.
+    """
+    if images_BCHW.shape[1] == 1:
+        return images_BCHW
+    images = F.to_dtype(images_BCHW, torch.float32, scale=True)
+    low, value = images.aminmax(dim=1, keepdim=True)
+    chroma = value - low
+    red, green, blue = images.split(1, dim=1)
+    distance = torch.where(chroma > 0, chroma, 1)  # a grey pixel has no hue, and none is asked for
+    sixth = torch.where(
+        value == red,
+        (green - blue) / distance,
+        torch.where(value == green, 2 + (blue - red) / distance, 4 + (red - green) / distance),
+    )
+    sixth = sixth + 6 * send(shifts_B, images.device).view(-1, 1, 1, 1)
+    place = (sixth + torch.arange(5, 0, -2, device=images.device).view(1, 3, 1, 1)) % 6
+    images = value - chroma * torch.minimum(place, 4 - place).clamp_(0, 1)
+    return F.to_dtype(images, torch.uint8, scale=True)
 
 
 # RandAugment (Cubuk et al. 2020) -------------------------------------------------------------------
@@ -352,6 +425,12 @@ def _change_some(images_BCHW: Tensor, chosen_B: Tensor, change: Callable[[Tensor
     return both.index_select(0, send(place, images_BCHW.device))
 
 
+def _blend(images_BCHW: Tensor, others: Tensor, shares_B111: Tensor) -> Tensor:
+    """Each sample's share of its image and the rest of the other, cut to levels; shares above 1 lead away."""
+    blended = torch.lerp(others.float(), images_BCHW.float(), shares_B111)
+    return blended.clamp_(0, 255).to(torch.uint8)
+
+
 def _gather(pixels_BCQ: Tensor, source_BP: Tensor) -> Tensor:
     """(B,C,P): pixel `source_BP[b, p]` of image b, for every place p = row * W + column."""
     return pixels_BCQ.gather(2, source_BP[:, None].expand(-1, pixels_BCQ.shape[1], -1))
@@ -371,6 +450,11 @@ def _box_coordinates(start_B: Tensor, size_B: Tensor, length: int) -> Tensor:
     centre = (torch.arange(length, device=start_B.device) + 0.5) * (size_B[:, None] / length) - 0.5
     pixel = start_B[:, None] + centre.clamp(min=0).minimum(size_B[:, None] - 1)
     return (2 * pixel + 1) / length - 1
+
+
+def _draw_within(limit: float, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    """Uniform over [-limit, limit]."""
+    return limit * (2 * torch.rand(shape, generator=generator) - 1)
 
 
 def _draw_areas(
