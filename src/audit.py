@@ -155,8 +155,8 @@ def duplicate_table(store: Store, pairs: pd.DataFrame, kind: str) -> pd.DataFram
             "split": store.official_split_N[rows],
             "row": rows,
             "image_id": store.image_ids_N[rows],
-            "wnid": np.array(store.wnids)[store.labels_N[rows]],
-            "name": np.array(store.class_names)[store.labels_N[rows]],
+            "wnid": np.array([*store.wnids, ""])[store.labels_N[rows]],  # of unlabelled images, -1: empty
+            "name": np.array([*store.class_names, ""])[store.labels_N[rows]],
         }
     )
     table = table.assign(distance=nearest["distance"], correlation=nearest["correlation"])
@@ -386,7 +386,8 @@ def near_cells(similar: pd.DataFrame, store: Store) -> list[Cell]:
     cells = []
     for pair in between.head(N_PAIRS).itertuples():
         rows = np.array([pair.a, pair.b])
-        names = [f"{split_N[row]}: {store.class_names[label_N[row]]}" for row in rows]
+        class_names = (*store.class_names, "no label")
+        names = [f"{split_N[row]}: {class_names[label_N[row]]}" for row in rows]
         text = "\n".join([*names, f"{pair.distance} bits, r = {pair.correlation:.2f}"])
         cells.append(Cell(rows, text, pair.correlation >= MIN_CORRELATION))
     return cells

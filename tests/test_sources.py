@@ -106,14 +106,14 @@ def test_real_counts_are_the_default(miniature, tmp_path):
 
 def test_fingerprint_follows_the_files(miniature, tmp_path):
     path = miniature.folder(tmp_path / "t")
-    before = TinyImageNetFolder(path).fingerprint
-    assert TinyImageNetFolder(path).fingerprint == before
+    before = TinyImageNetFolder(path, MINI_COUNTS).fingerprint
+    assert TinyImageNetFolder(path, MINI_COUNTS).fingerprint == before
     os.utime(path / "val/images/val_3.JPEG", ns=(1, 1))
-    assert TinyImageNetFolder(path).fingerprint != before
+    assert TinyImageNetFolder(path, MINI_COUNTS).fingerprint != before
     archive = miniature.zip(tmp_path / "t.zip")
-    before = TinyImageNetZip(archive).fingerprint
+    before = TinyImageNetZip(archive, MINI_COUNTS).fingerprint
     os.utime(archive, ns=(1, 1))
-    assert TinyImageNetZip(archive).fingerprint != before
+    assert TinyImageNetZip(archive, MINI_COUNTS).fingerprint != before
 
 
 # --------------------------------------------------------------------------------------------- refused
@@ -182,7 +182,7 @@ def test_unreadable_parquet_is_refused(miniature, tmp_path):
 
 def test_parquet_without_class_names_or_with_a_wrong_label_is_refused(miniature, tmp_path):
     with pytest.raises(SetupError, match="no ClassLabel names"):
-        _ = ParquetFolder(miniature.parquet(tmp_path / "a", spelling="none")).wnids
+        _ = ParquetFolder(miniature.parquet(tmp_path / "a", spelling="none"), MINI_COUNTS).wnids
     miniature.parquet(tmp_path / "b", shards=1)
     file = tmp_path / "b/data/valid-00000-of-00001.parquet"
     write_parquet(file, [(b"", 0), (b"", 6)], sorted(MINI_WNIDS), "info")
@@ -203,7 +203,7 @@ def test_bad_zip_is_refused(miniature, tmp_path):
 
 def test_oversized_member_is_refused_unread(miniature, tmp_path, monkeypatch):
     example = TinyImageNetZip(miniature.zip(tmp_path / "t.zip"), MINI_COUNTS).examples()[0]
-    monkeypatch.setattr(sources, "MAX_FILE_BYTES", 100)
+    monkeypatch.setattr(sources.trees, "MAX_FILE_BYTES", 100)
     with pytest.raises(ValueError, match="larger than 100 bytes"):
         example.read()
 

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 from conftest import MINI_COUNTS, encode, noise
+from hypothesis import given
+from hypothesis import strategies as st
 
 from src import SetupError
 from src.config import DataConfig
@@ -174,6 +177,143 @@ def test_which_images_are_kept_is_decided_by_the_seed(store):
     assert len({tuple(rows) for rows in kept}) == 30
     times = np.bincount(np.concatenate(kept), minlength=len(store))[train_N]
     assert times.min() > 3 and times.max() < 27  # of 30, each with probability a half
+
+
+# Folds
+
+
+def parts(store: Store, config: DataConfig) -> list[set[int]]:
+    """Rows of `valid` in each fold; the rest of train must be in `fit` and `holdout`, and no other row."""
+    train = set(np.flatnonzero(store.official_split_N == "train").tolist())
+    found = []
+    for fold in range(config.folds):
+        splits = make_splits(store, replace(config, fold=fold))
+        fit, holdout, valid = (
+            set(rows_N.tolist()) for rows_N in (splits.fit_N, splits.holdout_N, splits.valid_N)
+        )
+        assert (len(fit), len(valid)) == (len(splits.fit_N), len(splits.valid_N))  # no row is there twice
+        if config.protocol == "published":
+            assert holdout == valid and fit == train - valid
+        else:
+            assert fit | holdout == train - valid and not fit & holdout
+        for rows_N in (splits.fit_N, splits.holdout_N, splits.valid_N):
+            assert rows_N.dtype == np.int64
+            pairs = list(zip(store.labels_N[rows_N], store.digests_N[rows_N], strict=True))
+            assert pairs == sorted(pairs)
+        found.append(valid)
+    assert sorted(row for part in found for row in part) == sorted(train)  # every image in one part
+    return found
+
+
+@pytest.mark.parametrize("protocol", ["holdout", "published"])
+@pytest.mark.parametrize("folds", [2, 5, 7, 12])
+def test_folds_are_stratified(store, folds, protocol):
+    """12 images a class, in parts that differ by one at most; holding out is as exact as without folds."""
+    config = DataConfig(folds=folds, protocol=protocol, holdout_per_class=3)
+    found = parts(store, config)
+    counts = np.array([np.bincount(store.labels_N[sorted(part)], minlength=6) for part in found])
+    assert (counts.max(0) - counts.min(0) <= 1).all() and (counts.sum(0) == 12).all()
+    assert max(map(len, found)) - min(map(len, found)) <= 1
+    if protocol == "holdout":
+        holdout_N = make_splits(store, config).holdout_N
+        assert np.bincount(store.labels_N[holdout_N]).tolist() == [3] * 6
+
+
+@given(sizes=st.lists(st.integers(0, 23), min_size=1, max_size=6), folds=st.integers(2, 8))
+def test_parts_differ_by_one_image_at_most_whatever_the_sizes_of_the_classes(sizes, folds):
+    labels_N = np.repeat(np.arange(len(sizes)), sizes)
+    number_N = np.arange(len(labels_N))
+    store = Store(
+        Path("made"),
+        np.zeros((len(labels_N), 3, 1, 1), np.uint8),
+        labels_N,
+        np.full(len(labels_N), "train"),
+        number_N.astype(str),
+        number_N.astype(np.uint64),
+        {"classes": [{"wnid": str(k), "name": str(k)} for k in range(len(sizes))]},
+    )
+    if len(labels_N) < folds:
+        with pytest.raises(SetupError, match="valid images"):
+            parts(store, DataConfig(folds=folds, protocol="published"))
+        return
+    found = parts(store, DataConfig(folds=folds, protocol="published"))
+    counts = np.array([np.bincount(labels_N[sorted(part)], minlength=len(sizes)) for part in found])
+    assert (counts.max(0) - counts.min(0) <= 1).all()
+    assert max(map(len, found)) - min(map(len, found)) <= 1
+
+
+def test_folds_depend_on_the_seed_and_on_nothing_but_pixels_and_labels(store):
+    config = DataConfig(folds=4, holdout_per_class=2)
+    ours = parts(store, config)
+    assert ours == parts(store, config) != parts(store, replace(config, split_seed=1))
+    other = rearranged(store, np.random.default_rng(0).permutation(len(store)))
+    theirs = parts(other, config)
+    digests = [
+        [set(s.digests_N[sorted(part)].tolist()) for part in found]
+        for s, found in ((store, ours), (other, theirs))
+    ]
+    assert digests[0] == digests[1]
+
+
+def test_copies_are_in_one_fold_whatever_their_labels(image_folder, tmp_path):
+    """One image six times in a class and twice in the other; other images make up for it."""
+    data = encode(noise(5))
+    for name, n in (("cat", 6), ("dog", 2)):
+        for i in range(n):
+            (image_folder / f"train/{name}/copy{i}.png").write_bytes(data)
+    store = open_store(ImageFolder(image_folder), tmp_path, 16)
+    store = replace(store, official_split_N=np.full(len(store), "train"))
+    [(digest, n_copies)] = [
+        (digest, n)
+        for digest, n in zip(*np.unique(store.digests_N, return_counts=True), strict=True)
+        if n > 1
+    ]
+    copies = set(np.flatnonzero(store.digests_N == digest).tolist())
+    assert n_copies == 8
+    for seed in range(10):
+        found = parts(store, DataConfig(folds=3, holdout_per_class=3, split_seed=seed))
+        [part] = [part for part in found if copies & part]
+        assert copies <= part
+        n_cats, n_dogs = np.array([np.bincount(store.labels_N[sorted(part)]) for part in found]).T
+        assert sorted(n_cats) == [5, 5, 6] and sorted(n_dogs) == [4, 4, 4]
+
+
+def test_without_folds_valid_is_the_official_one(store):
+    splits = make_splits(store, replace(CONFIG, folds=0))
+    assert (splits.valid_N == make_splits(store, CONFIG).valid_N).all()
+    assert set(store.official_split_N[splits.valid_N]) == {"valid"}
+    folded = make_splits(store, replace(CONFIG, folds=3))
+    assert set(store.official_split_N[folded.valid_N]) == {"train"}
+
+
+def test_folds_need_no_official_valid_split(image_folder, tmp_path):
+    store = open_store(ImageFolder(image_folder), tmp_path, 16)
+    store = replace(store, official_split_N=np.full(len(store), "train"))
+    assert [len(part) for part in parts(store, DataConfig(folds=5, holdout_per_class=2))] == [4] * 5
+    with pytest.raises(SetupError, match="20 train, 0 valid"):
+        make_splits(store, DataConfig(holdout_per_class=2))
+
+
+@pytest.mark.parametrize(("folds", "fold"), [(5, 5), (5, 19), (0, 1), (1, 0)])
+def test_a_fold_that_does_not_exist_is_refused(store, folds, fold):
+    with pytest.raises(SetupError, match=f"data.fold = {fold} is no part .* data.folds = {folds}"):
+        make_splits(store, replace(CONFIG, folds=folds, fold=fold))
+
+
+@pytest.mark.parametrize("changes", [{}, {"folds": 3}, {"protocol": "published"}, {"fit_per_class": 2}])
+def test_unlabelled_images_are_in_no_split(store, changes):
+    """The others are divided as if they were not there."""
+    config = replace(CONFIG, **changes)
+    unlabelled_N = np.arange(len(store)) % 5 == 2
+    labels_N = np.where(unlabelled_N, -1, store.labels_N)
+    split_N = np.where(unlabelled_N, "test", store.official_split_N)
+    ours = make_splits(replace(store, labels_N=labels_N, official_split_N=split_N), config)
+    without = rearranged(store, np.flatnonzero(~unlabelled_N))
+    theirs = make_splits(without, config)
+    for name in ("fit_N", "holdout_N", "valid_N"):
+        rows_N = getattr(ours, name)
+        assert len(rows_N) and not unlabelled_N[rows_N].any()
+        assert (store.digests_N[rows_N] == without.digests_N[getattr(theirs, name)]).all()
 
 
 # What is written, and what is refused

@@ -19,10 +19,18 @@ import numpy as np
 import pytest
 from conftest import MINI_COUNTS, MINI_WNIDS, encode, noise
 from PIL import Image
+from torchvision.transforms import v2
 
 from src import SetupError
 from src.data import store as store_module
-from src.data.sources import HubTinyImageNet, ImageFolder, ParquetFolder, TinyImageNetFolder, TinyImageNetZip
+from src.data.sources import (
+    Example,
+    HubTinyImageNet,
+    ImageFolder,
+    ParquetFolder,
+    TinyImageNetFolder,
+    TinyImageNetZip,
+)
 from src.data.store import decode, load_store, open_store
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -105,9 +113,20 @@ def test_resize_is_antialiased_bicubic():
     assert np.ptp(decode(encode(checks), 64)) < 30  # without antialiasing: 0 to 255
 
 
-def test_right_size_is_left_alone():
+@pytest.mark.parametrize("resize", ["crop", "squash"])
+def test_right_size_is_left_alone(resize):
     data = encode(noise(4), "JPEG")
-    assert (decode(data, 64) == np.asarray(Image.open(io.BytesIO(data)))).all()
+    assert (decode(data, 64, resize) == np.asarray(Image.open(io.BytesIO(data)))).all()
+
+
+@pytest.mark.parametrize("size", [(300, 200), (90, 140), (64, 40), (20, 33), (150, 150)])
+def test_squashed_images_are_torchvision_s(size):
+    """Whole, whatever their shape, larger or smaller: `Resize` to a pair of sides, pixel by pixel."""
+    image = noise(6, size)
+    expected = v2.Resize((64, 64), v2.InterpolationMode.BICUBIC)(image)
+    assert (decode(encode(image), 64, "squash") == np.asarray(expected)).all()
+    square = size[0] == size[1]
+    assert (decode(encode(image), 64) == np.asarray(expected)).all() == square
 
 
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
@@ -171,6 +190,43 @@ def test_fingerprint_sees_labels_splits_and_pixels(tiny, tmp_path):
     assert len({base, swapped, changed}) == 3
 
 
+@dataclasses.dataclass
+class Unsorted:
+    """Two classes of three images in train and one in valid, and `n_test` images that nobody has labelled."""
+
+    n_test: int = 4
+    name: str = "unsorted"
+    wnids: tuple[str, ...] = ("a", "b")
+    class_names: tuple[str, ...] = ("cat", "dog")
+
+    @property
+    def fingerprint(self) -> str:
+        return 16 * f"{self.n_test:02x}"
+
+    def examples(self) -> list[Example]:
+        rows = [("train", 0), ("train", 1), ("valid", 0), ("train", 0), ("train", 1), ("valid", 1)]
+        rows = [("test", -1)] * (self.n_test // 2) + rows + [("test", -1)] * (self.n_test - self.n_test // 2)
+        return [
+            Example(f"{i}.png", label, split, lambda i=i: encode(noise(i, (40, 30))))
+            for i, (split, label) in enumerate(rows)
+        ]
+
+
+def test_unlabelled_images_are_stored_as_the_others(tmp_path):
+    """Among them, in the source's order, with label -1; they count for no class, and in the fingerprint."""
+    source = Unsorted()
+    store = open_store(source, tmp_path, 16)
+    assert store.official_split_N.tolist() == [example.split for example in source.examples()]
+    assert store.labels_N.tolist() == [-1, -1, 0, 1, 0, 0, 1, 1, -1, -1]
+    assert store.labels_N.dtype == np.int64 and len(set(store.digests_N)) == len(store) == 10
+    for i, example in enumerate(source.examples()):
+        assert (store.images[i] == decode(example.read(), 16).transpose(2, 0, 1)).all()
+    assert store.manifest["counts"] == {"test": [0, 0], "train": [2, 2], "valid": [1, 1]}
+    again = load_store(store.path)
+    assert (again.labels_N == store.labels_N).all() and again.fingerprint == store.fingerprint
+    assert open_store(Unsorted(n_test=6), tmp_path, 16).fingerprint != store.fingerprint
+
+
 # ------------------------------------------------------------------------------------ opened, not rebuilt
 
 
@@ -188,6 +244,32 @@ def test_another_size_or_changed_source_is_another_store(tiny, tmp_path):
     os.utime(tiny.tree.root / "val/images/val_0.JPEG", ns=(1, 1))
     open_store(TinyImageNetFolder(tiny.tree.root, MINI_COUNTS), tmp_path, 32)
     assert len(stores(tmp_path)) == 3
+
+
+def test_squashed_images_are_another_store(image_folder, tmp_path):
+    """In a folder of its own; that of cropped ones has the name that it has always had."""
+    source = ImageFolder(image_folder)
+    crop, squash = (open_store(source, tmp_path, 32, resize) for resize in ("crop", "squash"))
+    assert crop.path.name == f"pets-{source.fingerprint[:12]}-32"
+    assert squash.path.name == f"pets-{source.fingerprint[:12]}-32-squash"
+    assert stores(tmp_path) == [crop.path.name, squash.path.name]
+    assert (crop.manifest["resize"], squash.manifest["resize"]) == ("crop", "squash")
+    assert crop.fingerprint != squash.fingerprint
+    for store in (crop, squash):
+        for i, example in enumerate(source.examples()):
+            pixels_HWC = decode(example.read(), 32, store.manifest["resize"])
+            assert (store.images[i] == pixels_HWC.transpose(2, 0, 1)).all()
+
+
+def test_a_store_from_before_images_were_squashed_is_still_good(tiny, tmp_path, monkeypatch):
+    """Its manifest does not say how images were resized."""
+    store = open_store(tiny, tmp_path, 32)
+    manifest = json.loads((store.path / "manifest.json").read_text())
+    assert manifest.pop("resize") == "crop"
+    (store.path / "manifest.json").write_text(json.dumps(manifest))
+    monkeypatch.setattr(store_module, "decode", lambda *_: pytest.fail("decoded again"))
+    again = open_store(tiny, tmp_path, 32)
+    assert again.path == store.path and again.fingerprint == store.fingerprint
 
 
 DAMAGE = {

@@ -1,8 +1,9 @@
 """Decode once: every image of a source in one uint8 array on disk, opened as a memory map.
 
-A store is the folder `<cache>/stores/<name>-<fingerprint>-<size>` with `images.npy` (N,3,S,S),
-`rows.npz` (labels, official split, image ids, pixel digests) and `manifest.json`. It is written beside
-its place and renamed when whole, so that no half-built store is ever opened.
+A store is the folder `<cache>/stores/<name>-<fingerprint>-<size>` (`-squash` where images are resized whole)
+with `images.npy` (N,3,S,S), `rows.npz` (labels, official split, image ids, pixel digests) and
+`manifest.json`. It is written beside its place and renamed when whole, so that no half-built store is ever
+opened.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import os
 import shutil
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import filelock
@@ -36,8 +37,9 @@ log = logging.getLogger(__name__)
 class Store:
     """Decoded images and what is known of them; row i of each array is the same image.
 
-    `images` uint8 (N,3,S,S), read-only memory map. `official_split_N` holds "train" or "valid".
-    `digests_N`: first 8 bytes of SHA-256 of the decoded pixels (H,W,3), so that equal images are equal.
+    `images` uint8 (N,3,S,S), read-only memory map. `official_split_N` holds "train", "valid" or "test";
+    the label of an unlabelled image is -1. `digests_N`: first 8 bytes of SHA-256 of the decoded pixels
+    (H,W,3), so that equal images are equal.
     """
 
     path: Path
@@ -73,38 +75,29 @@ class Store:
         """uint8 (n,S,S,3) of these rows, as figures show them."""
         return self.images[rows].transpose(0, 2, 3, 1)
 
-    def of_classes(self, kept_K: np.ndarray) -> Store:
-        """The same images with some of the classes, numbered anew; other rows lose class (-1) and split."""
-        number = np.full(len(self.wnids), -1)
-        number[kept_K] = np.arange(len(kept_K))
-        labels_N = number[self.labels_N]
-        classes = [self.manifest["classes"][label] for label in kept_K]
-        return replace(
-            self,
-            labels_N=labels_N,
-            official_split_N=np.where(labels_N >= 0, self.official_split_N, ""),
-            manifest=self.manifest | {"classes": classes},
-        )
-
 
 class DamagedStore(Exception):
     """A store on disk that is not what its manifest says."""
 
 
-def open_store(source: Source, cache_dir: Path, size: int, skip_bad: bool = False) -> Store:
+def open_store(
+    source: Source, cache_dir: Path, size: int, resize: str = "crop", skip_bad: bool = False
+) -> Store:
     """The decoded `source` at `size` x `size` pixels, built below `cache_dir` when it is not there yet.
 
-    Processes that ask for the same store at once wait for the one that builds it. Raises `SetupError`
-    for unreadable images (unless `skip_bad`, which leaves them out and lists them in
-    `manifest["bad_files"]`), for a cache that cannot be written and for too little disk space.
+    `resize`: as for `decode`; stores of both kinds stand side by side. Processes that ask for the same store
+    at once wait for the one that builds it. Raises `SetupError` for unreadable images (unless `skip_bad`,
+    which leaves them out and lists them in `manifest["bad_files"]`), for a cache that cannot be written and
+    for too little disk space.
     """
-    path = Path(cache_dir) / "stores" / f"{source.name}-{source.fingerprint[:12]}-{size}"
+    kind = "" if resize == "crop" else f"-{resize}"
+    path = Path(cache_dir) / "stores" / f"{source.name}-{source.fingerprint[:12]}-{size}{kind}"
     store = _load_if_whole(path)
     if store is None:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             with filelock.FileLock(path.with_name(path.name + ".lock")):
-                store = _load_if_whole(path) or _build(source, path, size, skip_bad)
+                store = _load_if_whole(path) or _build(source, path, size, resize, skip_bad)
         except (OSError, NotImplementedError) as error:
             raise SetupError(
                 f"the store {path} cannot be built: {error}. "
@@ -137,11 +130,12 @@ def load_store(path: Path) -> Store:
     return store
 
 
-def decode(data: bytes, size: int) -> np.ndarray:
+def decode(data: bytes, size: int, resize: str = "crop") -> np.ndarray:
     """Encoded image to uint8 (size, size, 3), RGB; transparency on white, 16 bits scaled to 8, first frame.
 
-    EXIF orientation is applied. Where the image is not `size` x `size`, its central square is resized
-    (bicubic, antialiased). Raises what Pillow raises, and `ValueError` for images above Pillow's pixel limit.
+    EXIF orientation is applied. Where the image is not `size` x `size`, its central square (`resize`: `crop`)
+    or the whole of it (`squash`: the aspect ratio is lost) is resized, bicubic and antialiased. Raises what
+    Pillow raises, and `ValueError` for images above Pillow's pixel limit.
     """
     with Image.open(io.BytesIO(data)) as opened:
         limit = Image.MAX_IMAGE_PIXELS
@@ -159,7 +153,8 @@ def decode(data: bytes, size: int) -> np.ndarray:
         image = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)
     image = image.convert("RGB")
     if image.size != (size, size):
-        image = ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC)
+        to_size = ImageOps.fit if resize == "crop" else Image.Image.resize
+        image = to_size(image, (size, size), Image.Resampling.BICUBIC)
     return np.asarray(image)
 
 
@@ -173,7 +168,7 @@ def _load_if_whole(path: Path) -> Store | None:
         return None
 
 
-def _build(source: Source, path: Path, size: int, skip_bad: bool) -> Store:
+def _build(source: Source, path: Path, size: int, resize: str, skip_bad: bool) -> Store:
     """Decode into a temporary sibling of `path`, then rename. The caller holds the store's lock, so any
     temporary folder found here was left by a process that died."""
     partial = path.with_name(path.name + ".partial")
@@ -184,7 +179,7 @@ def _build(source: Source, path: Path, size: int, skip_bad: bool) -> Store:
     _check_space(path.parent, needed=int(len(examples) * (3 * size * size + 300)))
     partial.mkdir()
     try:
-        digests_N, bad = _decode_all(examples, partial / "images.npy", size, source.name)
+        digests_N, bad = _decode_all(examples, partial / "images.npy", size, resize, source.name)
         bad_files = [{"image_id": examples[i].image_id, "reason": bad[i]} for i in sorted(bad)]
         if bad:
             if not skip_bad or len(bad) == len(examples):
@@ -192,7 +187,8 @@ def _build(source: Source, path: Path, size: int, skip_bad: bool) -> Store:
             keep = np.array([i for i in range(len(examples)) if i not in bad])
             _keep_rows(partial / "images.npy", keep)
             examples, digests_N = [examples[i] for i in keep], digests_N[keep]
-        _write_rows(partial, source, examples, digests_N, bad_files, size)
+        facts = {"size": size, "resize": resize, "bad_files": bad_files}
+        _write_rows(partial, source, examples, digests_N, facts)
         shutil.rmtree(path, ignore_errors=True)  # a damaged one
         os.rename(partial, path)
         flush(path.parent)
@@ -202,7 +198,7 @@ def _build(source: Source, path: Path, size: int, skip_bad: bool) -> Store:
 
 
 def _decode_all(
-    examples: Sequence[Example], file: Path, size: int, name: str
+    examples: Sequence[Example], file: Path, size: int, resize: str, name: str
 ) -> tuple[np.ndarray, dict[int, str]]:
     """Decode every example into row i of `file`. Returns digests_N and the reasons of unreadable rows."""
     images = np.lib.format.open_memmap(file, "w+", np.uint8, (len(examples), 3, size, size))
@@ -214,7 +210,7 @@ def _decode_all(
         rows = range(start, min(start + CHUNK, len(examples)))
         for i in rows:
             try:
-                pixels_HWC = decode(examples[i].read(), size)
+                pixels_HWC = decode(examples[i].read(), size, resize)
             except SetupError:
                 raise  # the source itself cannot be read, not this one image
             except Exception as error:  # Pillow's plugins raise nearly everything on crafted bytes
@@ -253,10 +249,9 @@ def _write_rows(
     source: Source,
     examples: Sequence[Example],
     digests_N: np.ndarray,
-    bad_files: list[dict],
-    size: int,
+    facts: dict,
 ) -> None:
-    """Write rows.npz and manifest.json, and bring all three files to the disk."""
+    """Write rows.npz and manifest.json (`facts` and more), and bring all three files to the disk."""
     labels_N = np.array([e.label for e in examples], np.int64)
     split_N = np.array([e.split for e in examples])
     ids_N = np.array([e.image_id for e in examples])
@@ -266,16 +261,15 @@ def _write_rows(
         "format": FORMAT,
         "source": source.name,
         "source_fingerprint": source.fingerprint,
-        "size": size,
+        **facts,
         "sha256": _content_hash(labels_N, split_N, digests_N, source.wnids),
         "classes": [
             {"index": i, "wnid": source.wnids[i], "name": source.class_names[i]} for i in range(n_classes)
         ],
-        "counts": {
+        "counts": {  # of labelled images
             str(s): np.bincount(labels_N[(split_N == s) & (labels_N >= 0)], minlength=n_classes).tolist()
             for s in np.unique(split_N)
         },
-        "bad_files": bad_files,
     }
     (folder / "manifest.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")
     for name in ("images.npy", "rows.npz", "manifest.json", ""):
