@@ -266,7 +266,7 @@ def drawn_rows(baseline: pd.DataFrame, improvement: pd.DataFrame) -> list[tuple[
 
 def map_columns(result: Result, rows_N: np.ndarray) -> list[MapColumn]:
     """An arm's Grad-CAM for its answers and for the truth, and its attention where it has one."""
-    model, batches = _ready(result, rows_N)
+    model, batches = ready(result, rows_N)
     frame, arm = result.predictions.iloc[rows_N], result.setup.config.arm
     answer_NHW, truth_NHW = (
         enlarged(_grad_cams(model, batches, frame[of]), SHOWN_PIXELS) for of in ("Prediction", "Ground_Truth")
@@ -280,7 +280,7 @@ def map_columns(result: Result, rows_N: np.ndarray) -> list[MapColumn]:
 
 def measurements(result: Result, rows_N: np.ndarray) -> dict:
     """`deletion_drop` of every kind of map, and what the attention does, over rows of `valid`."""
-    model, batches = _ready(result, rows_N)
+    model, batches = ready(result, rows_N)
     maps_Nhw = _grad_cams(model, batches, result.predictions["Prediction"].iloc[rows_N])
     numbers = {"map": list(maps_Nhw.shape[1:]), "grad_cam": deletion_drop(model, batches, maps_Nhw)}
     if model.attention is not None:
@@ -289,7 +289,7 @@ def measurements(result: Result, rows_N: np.ndarray) -> dict:
     return numbers
 
 
-def _ready(result: Result, rows_N: np.ndarray) -> tuple[Classifier, Batches]:
+def ready(result: Result, rows_N: np.ndarray) -> tuple[Classifier, Batches]:
     """The trained model on its device, and images of `valid`."""
     setup = result.setup
     batches = Batches(

@@ -12,6 +12,7 @@ from src.evaluate import per_class
 from src.figures.style import BLUE, GREY, ORANGE, Images, blank_figure, clean, percent, styled
 
 N_SAMPLES, SAMPLE_SEED = 8, 42  # as the study draws them
+MAX_NAMED = 60  # classes whose names still fit below their bars
 
 
 @styled
@@ -124,3 +125,19 @@ def _draw_image(axes: mpl.axes.Axes, pixels: np.ndarray, row: pd.Series, tally: 
     if tally is not None:
         said += f" · {tally['n_correct']} of {tally['n']} right"
     axes.set_xlabel(said, color=colour, fontsize=10)
+
+
+@styled
+def class_counts(counts_K: np.ndarray, names: list[str], title: str, note: str) -> Figure:
+    """A bar a class, from the largest: how many images it has."""
+    order_K = np.argsort(-counts_K, kind="stable")
+    is_named = len(names) <= MAX_NAMED
+    figure = blank_figure(5.0 if is_named else 3.4, f"{title}: images of each class", note)
+    axes = figure.subplots()
+    axes.bar(np.arange(len(names)), counts_K[order_K], color=BLUE)
+    axes.set_xticks(np.arange(len(names)) if is_named else [])
+    if is_named:
+        axes.set_xticklabels([clean(names[k]) for k in order_K], rotation=90, fontsize=9)
+    axes.grid(axis="x", visible=False)
+    axes.set(ylabel="images", xlim=(-0.7, len(names) - 0.3))
+    return figure

@@ -50,7 +50,7 @@ def where_it_looks(
     numbers, width = iter(range(len(images_NHWC))), 1 + len(columns)
     for part, (heading, n_images) in zip(parts, groups, strict=True):
         part.suptitle(heading, x=0.012, ha="left", fontsize=11)
-        grid = part.add_gridspec(1, N_ABREAST * (width + 1) - 1, width_ratios=_with_gaps(width))
+        grid = part.add_gridspec(1, N_ABREAST * (width + 1) - 1, width_ratios=with_gaps(width))
         for place in range(N_ABREAST):
             first = place * (width + 1)
             cells = [part.add_subplot(grid[first + i]) for i in range(width)]
@@ -62,7 +62,7 @@ def where_it_looks(
     return figure
 
 
-def _with_gaps(width: int) -> list[float]:
+def with_gaps(width: int) -> list[float]:
     """Widths of the panels of a line, with a narrow gap between one image's and the next one's."""
     return ([1.0] * width + [0.1]) * (N_ABREAST - 1) + [1.0] * width
 
@@ -71,15 +71,15 @@ def _draw_image(
     cells: list[mpl.axes.Axes], images_NHWC: np.ndarray, columns: list[MapColumn], number: int
 ) -> None:
     """The image with its class, then its maps under their headings."""
-    _draw_pixels(cells[0], images_NHWC[number], darkest=0)
+    draw_pixels(cells[0], images_NHWC[number], darkest=0)
     name = columns[0].frame["Ground_Truth_Name"].iloc[number]
-    cells[0].set_xlabel(_two_lines(name), fontsize=8, weight="bold")
+    cells[0].set_xlabel(two_lines(name), fontsize=8, weight="bold")
     for cell, column in zip(cells[1:], columns, strict=True):
         cell.set_title(column.title, fontsize=8, loc="center", weight="normal")
         _draw_map(cell, images_NHWC[number], column, number)
 
 
-def _draw_pixels(axes: mpl.axes.Axes, pixels: np.ndarray, darkest: int, colour: str = GREY) -> None:
+def draw_pixels(axes: mpl.axes.Axes, pixels: np.ndarray, darkest: int, colour: str = GREY) -> None:
     """An image, enlarged; a grey one with black as light as `darkest` levels, so that tints show on it."""
     axes.grid(False)
     axes.imshow(pixels, "gray", vmin=-darkest, vmax=255, interpolation="nearest", extent=(0, 1, 0, 1))
@@ -92,23 +92,23 @@ def _draw_map(axes: mpl.axes.Axes, pixels: np.ndarray, column: MapColumn, number
     """The image in grey under the map's tint, and below it the answer that the map is about."""
     map_HW, grey = column.maps_NHW[number], pixels @ np.array([0.299, 0.587, 0.114])
     if column.frame is None:
-        _draw_pixels(axes, grey, 100)
+        draw_pixels(axes, grey, 100)
         axes.imshow(tint(map_HW, relative=True), extent=(0, 1, 0, 1))
         return
     row = column.frame.iloc[number]
     right = row["Ground_Truth"] == row["Prediction"]
     colour, mark = (BLUE, "✓") if right else (ORANGE, "✗")
-    _draw_pixels(axes, grey, 100, colour)
+    draw_pixels(axes, grey, 100, colour)
     axes.imshow(tint(map_HW, relative=False), extent=(0, 1, 0, 1))
     truth_HW = column.truth_maps_NHW[number]
     if not right and truth_HW.min() < 0.5 < truth_HW.max():
         centres = (np.arange(len(truth_HW)) + 0.5) / len(truth_HW)
         axes.contour(centres, centres[::-1], truth_HW, [0.5], colors=[BLUE], linestyles="--", linewidths=1.3)
-    answer = _two_lines(f"{mark} {row['Prediction_Name']}")
+    answer = two_lines(f"{mark} {row['Prediction_Name']}")
     axes.set_xlabel(f"{answer}\n{100 * row['Confidence']:.0f} % sure", fontsize=8, color=colour)
 
 
-def _two_lines(name: str) -> str:
+def two_lines(name: str) -> str:
     return "\n".join(textwrap.wrap(clean(name), 15, max_lines=2, placeholder="…"))
 
 
@@ -133,17 +133,17 @@ def findings(numbers: dict) -> str:
                 lines.append(
                     f"{arm.capitalize()}, {m['n']} images of valid: {whole} right; {marked} without the "
                     f"{share} of pixels {what}, {random} without a random "
-                    f"{share}; the marked ones are worth {_with_interval(m)} more."
+                    f"{share}; the marked ones are worth {with_interval(m)} more."
                 )
     if m := numbers["improvement"].get("attention"):
         lines.append(
             f"Switching the attention off (gate {listed(m['gates'])} to 0) changes {m['answers_changed']} of "
-            f"{m['n']} answers; having it on is worth {_with_interval(m)}."
+            f"{m['n']} answers; having it on is worth {with_interval(m)}."
         )
     return "\n".join(lines)
 
 
-def _with_interval(m: dict) -> str:
+def with_interval(m: dict) -> str:
     value, low, high = (signed(m[f"difference{end}"], 1) for end in ("", "_low", "_high"))
     return f"{value} points (95 % interval {low} to {high})"
 
