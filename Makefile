@@ -16,7 +16,7 @@ run = $(PY) -m src.experiment $(1) --profile '$(PROFILE)' --protocol '$(PROTOCOL
 	$(if $(DATA),--data '$(DATA)') $(ARGS)
 
 .DEFAULT_GOAL := help
-.PHONY: help quick baseline improvement ablation audit analysis explain report paper slides \
+.PHONY: help quick baseline improvement studies ablation audit analysis explain report paper slides \
 	test slow bench check format notebooks readme clean
 
 help:  ## List the targets
@@ -33,6 +33,11 @@ baseline: $(READY)  ## Run the baseline notebook (PROFILE=full PROTOCOL=holdout 
 
 improvement: $(READY)  ## Run the improvement notebook (same settings)
 	@$(PY) -m tools.execute Improvement results $(settings)
+
+studies: $(READY)  ## Run the notebooks of the three other studies (PROFILE=quick DATA= PROTOCOL= SEED=)
+	@for name in Animals40 DogBreeds20 FineGrained; do \
+		$(PY) -m tools.execute $$name $(if $(filter quick,$(PROFILE)),results/quick runs_dir=runs/quick,results) $(settings) || exit 1; \
+	done
 
 ablation: $(READY)  ## Measure what each ingredient is worth (PROFILE=offline DATA= ARGS=)
 	@$(call run,ablation)

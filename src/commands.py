@@ -4,11 +4,18 @@ baseline, improvement, best, ...   run a preset: train, score `valid` once, writ
 ablation                           what each ingredient is worth, row by row
 transfer40                         frozen against fine-tuned on classes that the weights have not met
 find_lr                            the learning rates at which the loss falls most steeply
+search                             better rates, dropout and weight decay, by trial
 soup                               average the finished runs of several seeds
+ensemble                           average what the finished runs of several seeds, or presets, answered
 export                             a finished run's weights, with their card, into weights/
+cross_validate                     every train image answered once, by a run that has not seen it
+predict                            a finished run's answers for a folder of images, as CSV
+strangers                          what test images of unknown classes cost, and what refusing wins back
+zero_shot                          the same of CLIP, which has not trained on the images
 audit                              copies among the images; what the pretrained weights know of them
 analysis                           what baseline and improvement get wrong
 explain                            where their models look
+attributions                       which parts of an image a run's answers rest on, by LIME and SHAP
 report                             results/report.html, a page of all results
 summary                            a line an arm
 """
@@ -24,7 +31,7 @@ from src import SetupError
 from src import config as configs
 from src.config import Config
 from src.data.splits import make_splits
-from src.experiment import DATA_VARIABLE, Paths, configure, finished_run, open_data, run, shown
+from src.experiment import DATA_VARIABLE, Paths, Result, configure, finished_run, open_data, run, shown
 from src.files import read_json
 
 
@@ -35,6 +42,28 @@ def obey(args: argparse.Namespace) -> str:
     paths = paths_of(args)
     run(config_of(args, args.command), paths)
     return summary(paths.results)
+
+
+OPTIONS: dict[str, dict] = {
+    "--profile": {"default": "full", "help": f"one of: {', '.join(configs.PROFILES)} (default: full)"},
+    "--data": {"default": "", "help": f"local data instead of the profile's source (or {DATA_VARIABLE})"},
+    "--protocol": {"default": "holdout", "help": "holdout (default) or published"},
+    "--seed": {"type": int, "default": 0},
+    "--results": {"default": "", "help": "folder for what people read"},
+    "--runs": {"default": "", "help": "folder for checkpoints and logits"},
+    "--cache": {"default": "", "help": "folder for the decoded images and features"},
+    "--set": {"action": "append", "default": [], "metavar": "KEY=VALUE", "help": "any config field"},
+    "--preset": {
+        "default": "improvement",
+        "help": "for other commands (default: improvement); ensemble takes several with commas",
+    },
+    "--images": {"default": "", "metavar": "FOLDER", "help": "for predict (default: the data's test images)"},
+    "--out": {"default": "answers.csv", "metavar": "CSV", "help": "for predict (default: answers.csv)"},
+    "--rows": {"nargs": "+", "default": [], "metavar": "NAME", "help": "for studies (default: all)"},
+    "--seeds": {"default": "0,1,2", "help": "for studies, soup and ensemble (default: 0,1,2)"},
+    "--trials": {"type": int, "default": 20, "help": "for search (default: 20)"},
+    "--folds": {"type": int, "default": 5, "help": "for cross_validate (default: 5)"},
+}
 
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
@@ -49,23 +78,8 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         help="a preset to run, or a command",
         metavar="COMMAND",
     )
-    parser.add_argument(
-        "--profile", default="full", help=f"one of: {', '.join(configs.PROFILES)} (default: full)"
-    )
-    parser.add_argument(
-        "--data", default="", help=f"local data instead of the profile's source (or {DATA_VARIABLE})"
-    )
-    parser.add_argument("--protocol", default="holdout", help="holdout (default) or published")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--results", default="", help="folder for what people read")
-    parser.add_argument("--runs", default="", help="folder for checkpoints and logits")
-    parser.add_argument("--cache", default="", help="folder for the decoded images and features")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="any config field")
-    parser.add_argument(
-        "--preset", default="improvement", help="for find_lr, soup and export (default: improvement)"
-    )
-    parser.add_argument("--rows", nargs="+", default=[], metavar="NAME", help="for studies (default: all)")
-    parser.add_argument("--seeds", default="0,1,2", help="for studies and soup (default: 0,1,2)")
+    for name, options in OPTIONS.items():
+        parser.add_argument(name, **options)
     return parser.parse_args(arguments)
 
 
@@ -100,10 +114,14 @@ def read_seeds(text: str) -> list[int]:
 
 
 def ablation(args: argparse.Namespace) -> str:
-    from src.studies.ablation import ABLATION
+    from src.studies import STUDIES
     from src.studies.run import Plan, run_study
 
-    plan = Plan(ABLATION, args.profile, args.data, overrides_of(args))
+    study = STUDIES.get("ablation" if args.preset == "improvement" else args.preset)
+    if study is None:
+        known = ", ".join(name for name in STUDIES if name in configs.PRESETS)
+        raise SetupError(f"--preset {args.preset}: there are rows of {known}, and without it the ablation's.")
+    plan = Plan(study, args.profile, args.data, overrides_of(args))
     return summary_of(run_study(plan, paths_of(args), args.rows, read_seeds(args.seeds)))
 
 
@@ -141,13 +159,78 @@ def soup(args: argparse.Namespace) -> str:
     return "\n".join([*lines, f"chosen on holdout: {scores['chosen']}"])
 
 
+def search(args: argparse.Namespace) -> str:
+    from src.search import search
+
+    folder, found = search(config_of(args, args.preset), paths_of(args), args.trials)
+    best, plain = found["best"]["holdout_accuracy"], found["preset"]["holdout_accuracy"]
+    fields = ", ".join(f"{name} = {value:g}" for name, value in found["best"]["fields"].items())
+    return (
+        f"best of {found['trials']} trials: holdout {best:.2%}, the preset's {plain:.2%}, with {fields}; "
+        f"see {shown(folder)}\n{found['command']}"
+    )
+
+
+def ensemble(args: argparse.Namespace) -> str:
+    from src.ensemble import ensemble_of
+
+    members = [config_of(args, arm) for arm in args.preset.split(",")]
+    folder, numbers = ensemble_of(members, read_seeds(args.seeds), paths_of(args))
+    scores, gain = numbers["scores"], numbers["gain"]["valid"]
+    width = max(len(name) for name in scores)
+    lines = [
+        f"{name:<{width}} holdout {s['holdout']['accuracy']:.2%}  valid {s['valid']['accuracy']:.2%}"
+        for name, s in scores.items()
+    ]
+    points, low, high = (f"{100 * gain[key]:+.2f}" for key in ("difference", "low", "high"))
+    lines.append(f"gain over the mean member on valid: {points} points, 95 % interval [{low}, {high}]")
+    return "\n".join([*lines, f"see {shown(folder)}"])
+
+
 def export(args: argparse.Namespace) -> str:
     from src.embedded import export
 
+    path, digest = export(finished_result(args))
+    return f"{shown(path)}: SHA-256 {digest}"
+
+
+def cross_validate(args: argparse.Namespace) -> str:
+    from src.folds import cross_validate
+
+    config = config_of(args, args.preset)
+    folder, found = cross_validate(config, paths_of(args), args.folds)
+    pooled = found["pooled"]
+    interval = f"[{pooled['wilson_low']:.2%}, {pooled['wilson_high']:.2%}]"
+    return (
+        f"{found['folds']} folds: {found['mean']:.2%} ± {100 * found['sd']:.2f}; all {pooled['n']:,} images "
+        f"{pooled['accuracy']:.2%} {interval}; see {shown(folder)}"
+    )
+
+
+def predict(args: argparse.Namespace) -> str:
+    from src.answers import write_answers
+
+    config = config_of(args, args.preset)
+    return "\n".join(write_answers(config, paths_of(args), args.images, Path(args.out)))
+
+
+def strangers(args: argparse.Namespace) -> str:
+    from src.strangers import write_strangers
+
+    return f"see {shown(write_strangers(finished_result(args)))}"
+
+
+def zero_shot(args: argparse.Namespace) -> str:
+    from src.strangers import write_zero_shot
+
+    return f"see {shown(write_zero_shot(finished_result(args)))}"
+
+
+def finished_result(args: argparse.Namespace) -> Result:
+    """The finished run of --preset, its results written anew."""
     config, paths = config_of(args, args.preset), paths_of(args)
     finished_run(config, paths)
-    path, digest = export(run(config, paths))
-    return f"{shown(path)}: SHA-256 {digest}"
+    return run(config, paths)
 
 
 def audit(args: argparse.Namespace) -> str:
@@ -182,6 +265,15 @@ def explain(args: argparse.Namespace) -> str:
     return f"see {shown(write_explanations(*(run(config, paths) for config in configs_of_arms)))}"
 
 
+def attributions(args: argparse.Namespace) -> str:
+    from src.attributions import write_attributions
+
+    result = finished_result(args)
+    folder = paths_of(args).results / "explain"
+    write_attributions(result, folder)
+    return f"see {shown(folder)}"
+
+
 def report(args: argparse.Namespace) -> str:
     from src.page import write_page
 
@@ -190,7 +282,8 @@ def report(args: argparse.Namespace) -> str:
 
 def summary(results: Path) -> str:
     """A line an arm: accuracy with its interval, seconds, folder."""
-    found = [(path.parent, read_json(path)) for path in sorted(results.glob("*/metrics.json"))]
+    files = [*sorted(results.glob("*/metrics.json")), *sorted(results.glob("studies/*/metrics.json"))]
+    found = [(path.parent, read_json(path)) for path in files]
     if not found:
         raise SetupError(f"no metrics.json in the folders of {results}: run an arm first.")
     width = max(12, *(len(m["arm"]) for _, m in found))
@@ -208,11 +301,18 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], str]] = {
     "ablation": ablation,
     "transfer40": transfer40,
     "find_lr": find_lr,
+    "search": search,
     "soup": soup,
+    "ensemble": ensemble,
     "export": export,
+    "cross_validate": cross_validate,
+    "predict": predict,
+    "strangers": strangers,
+    "zero_shot": zero_shot,
     "audit": audit,
     "analysis": analysis,
     "explain": explain,
+    "attributions": attributions,
     "report": report,
     "summary": lambda args: summary(results_of(args)),
 }

@@ -30,6 +30,7 @@ from src.data.batches import Batches, to_device
 from src.data.sources import open_source
 from src.data.splits import Splits, make_splits
 from src.data.store import Store, open_store
+from src.data.subsets import part_of
 from src.device import Device, choose_device, git_commit, peak_memory_gb, set_up_process, versions
 from src.files import read_json, sha256, write_array, write_atomically, write_json
 from src.model.build import Built, Classifier, build_model, gmacs, start_classifier
@@ -38,9 +39,10 @@ from src.train import FitData, Progress, fit
 
 if TYPE_CHECKING:
     import pandas as pd
+    from matplotlib.figure import Figure
 
 DATA_VARIABLE = "TINY_IMAGENET_DIR"
-TARGET_EVERY = 5  # classes: one is of the target, the others are of the source
+STUDY_ARMS = ("animals40", "dogs20", "fine_grained")
 # What a run leaves.
 FINISHED = ("model.safetensors", "facts.json", "history.json", "holdout_logits.npy", "valid_logits.npy")
 
@@ -64,7 +66,7 @@ class Paths:
 
     def results_of(self, arm: str) -> Path:
         """The folder of what people read about an arm."""
-        return self.results / arm.capitalize()
+        return self.results / (f"studies/{arm}" if arm in STUDY_ARMS else arm.capitalize())
 
 
 @dataclass(frozen=True)
@@ -113,12 +115,9 @@ def prepare(config: Config, paths: Paths) -> Setup:
 def open_data(config: Config, paths: Paths) -> Store:
     """The decoded images that `config` asks for; `SetupError` where they are not what they should be."""
     source = open_source(config.data, paths.cache)
-    store = open_store(source, paths.cache, config.data.stored_size, config.data.skip_bad)
-    if config.data.classes == "all":
-        return store
-    number_K = np.arange(len(store.wnids))
-    is_target_K = number_K % TARGET_EVERY == TARGET_EVERY - 1
-    return store.of_classes(number_K[is_target_K == (config.data.classes == "target")])
+    data = config.data
+    store = open_store(source, paths.cache, data.stored_size, resize=data.resize, skip_bad=data.skip_bad)
+    return part_of(store, config.data.classes)
 
 
 def device_for(config: Config) -> Device:
@@ -230,14 +229,16 @@ def make_batches(setup: Setup) -> tuple[FitData, Batches, float]:
     cached = config.caches_features
     # Images that are looked at once, or not at all, need no place on the device.
     rows = store.images if cached else to_device(store.images, device.torch_device)
-    preprocess, seconds = setup.built.preprocess, 0.0
+    preprocess, seconds, labels_N, place_N = setup.built.preprocess, 0.0, store.labels_N, None
     if cached:
         features, seconds = frozen_features(setup)
         rows, preprocess = to_device(features, device.torch_device), None
+        used_U = used_rows(store)
+        labels_N, place_N = labels_N[used_U], np.searchsorted(used_U, np.arange(len(store)))
 
     def batches(index_M: np.ndarray) -> Batches:
-        size = device.eval_batch
-        return Batches(rows, store.labels_N, index_M, size, device.torch_device, preprocess)
+        size, index_M = device.eval_batch, index_M if place_N is None else place_N[index_M]
+        return Batches(rows, labels_N, index_M, size, device.torch_device, preprocess)
 
     fit_on = replace(
         batches(splits.fit_N),
@@ -250,13 +251,18 @@ def make_batches(setup: Setup) -> tuple[FitData, Batches, float]:
     return data, batches(splits.valid_N).at_size(size), seconds
 
 
+def used_rows(store: Store) -> np.ndarray:
+    """Rows of the store that are in a split: all, but where it is a part of a data set."""
+    return np.flatnonzero(store.official_split_N != "")
+
+
 def frozen_features(setup: Setup) -> tuple[np.ndarray, float]:
-    """What the frozen backbone makes of every image of the store, cached, and the seconds that took."""
+    """What the frozen backbone makes of the store's `used_rows`, cached, and the seconds that took."""
     config, store, device, built = setup.config, setup.store, setup.device, setup.built
     model = setup.model.to(device.torch_device).eval()
-    every_N = np.arange(len(store.labels_N))
+    used_U = used_rows(store)
     images = Batches(
-        store.images, store.labels_N, every_N, device.eval_batch, device.torch_device, built.preprocess
+        store.images, store.labels_N, used_U, device.eval_batch, device.torch_device, built.preprocess
     )
     identity = {
         "weights": built.weights_sha256,
@@ -268,6 +274,8 @@ def frozen_features(setup: Setup) -> tuple[np.ndarray, float]:
         "precision": device.precision,
         "device": device.torch_device.type,
     }
+    if len(used_U) < len(store):
+        identity["classes"] = config.data.classes
     return cached_features(model.features, images, device, setup.paths.cache / "features", identity)
 
 
@@ -344,9 +352,23 @@ def write_results(setup: Setup) -> Result:
 
     arm = setup.config.arm
     target = setup.paths.results_of(arm)
+    if arm in STUDY_ARMS:
+        report.save(class_counts_of(setup), target / f"{arm}_images_per_class.png")
     metrics = report.write_arm(target, arm, predictions, history, facts, images)
     report.write_comparison(setup.paths.results)
     return Result(setup, metrics, predictions, history, target)
+
+
+def class_counts_of(setup: Setup) -> Figure:
+    """The figure of how many images each class has, in all of its splits."""
+    from src.figures import class_counts
+    from src.report import footer
+
+    store, config = setup.store, setup.config
+    labels_N = store.labels_N[(store.official_split_N != "") & (store.labels_N >= 0)]
+    counts_K = np.bincount(labels_N, minlength=len(store.wnids))
+    about = {"data": store.manifest["source"], "protocol": config.data.protocol}
+    return class_counts(counts_K, store.class_names, config.arm.capitalize(), footer(about))
 
 
 def require_writable(folder: Path) -> None:

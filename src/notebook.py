@@ -14,11 +14,14 @@ from PIL import Image as Pillow
 from torch import nn
 
 from src import SetupError
+from src.answers import write_answers
 from src.data.augment import augment
 from src.evaluate import per_class
-from src.experiment import Result, Setup, configure, finished_run, run
+from src.experiment import Paths, Result, Setup, class_counts_of, configure, finished_run, run
 from src.explain import write_explanations
 from src.files import read_json
+from src.strangers import in_words, write_strangers
+from src.studies import STUDIES, reported
 
 WIDTH = 900  # pixels: as wide as a notebook's column, and an executed copy stays well below 1 MB
 
@@ -83,6 +86,38 @@ def parts(model: nn.Module) -> pd.DataFrame:
     return table
 
 
+def images_per_class(setup: Setup) -> Image:
+    """A bar a class, from the largest: how many images it has."""
+    buffer = io.BytesIO()
+    class_counts_of(setup).savefig(buffer, dpi=120)
+    return small_image(buffer)
+
+
+def strangers(result: Result) -> list[Markdown | Image]:
+    """What test images of unknown classes cost; where they have no labels, a submission."""
+    setup = result.setup
+    try:
+        folder = write_strangers(result)
+    except SetupError:
+        lines = write_answers(setup.config, setup.paths, "", result.folder / "answers.csv")
+        return [Markdown("\n\n".join(lines))]
+    return [Markdown(in_words(read_json(folder / "unknown.json"))), small_image(folder / "unknown.png")]
+
+
+def study(name: str, paths: Paths) -> Markdown:
+    """The rows of a study in words, or the command that runs them."""
+    path = STUDIES[name].path(paths.results) / "summary.md"
+    if not path.exists():
+        return Markdown(f"*Not run yet:* `python -m src.experiment ablation --preset {name}`")
+    return Markdown(path.read_text(encoding="utf-8").partition("\n")[2])
+
+
+def beside_reported(name: str, paths: Paths) -> Markdown:
+    """What the study reports beside what was measured here, as a table."""
+    table = reported.beside_reported(STUDIES[name], paths.results)
+    return Markdown(reported.markdown(table))
+
+
 def picture(result: Result, name: str) -> Image:
     """The arm's figure `name`, e.g. `training_curve`, made small."""
     return small_image(result.folder / f"{result.setup.config.arm}_{name}.png")
@@ -130,9 +165,10 @@ def conclusion(result: Result) -> Markdown:
         f"{best['fit_accuracy']:.2%} of the training images.",
     ]
     if m["profile"] == "quick":
+        seen = "8 × 8 pixel digits" if m["data"] == "digits" else "generated pictures"
         lines.append(
-            "**This was the `quick` profile**: 8 × 8 pixel digits and a small backbone. It shows that every "
-            "step works; it says nothing about ConvNeXt or Tiny-ImageNet."
+            f"**This was the `quick` profile**: {seen} and a small backbone. It shows that every "
+            "step works; it says nothing about ConvNeXt or photographs."
         )
     return Markdown("\n\n".join(lines))
 

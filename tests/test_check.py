@@ -35,6 +35,12 @@ git clone {URL}.git
 <!-- ablation:end -->
 <!-- transfer40:begin -->
 <!-- transfer40:end -->
+<!-- animals40:begin -->
+<!-- animals40:end -->
+<!-- dogs20:begin -->
+<!-- dogs20:end -->
+<!-- fine_grained:begin -->
+<!-- fine_grained:end -->
 <!-- speed:begin -->
 <!-- speed:end -->
 """

@@ -187,7 +187,7 @@ def tiny_weights(folder):
 
 def test_transfer_runs_both_arms_on_the_target_classes(miniature, mini_counts, tmp_path, monkeypatch, capsys):
     """Three classes of six each; a second call runs nothing and says the same."""
-    monkeypatch.setattr("src.experiment.TARGET_EVERY", 2)
+    monkeypatch.setattr("src.data.subsets.TARGET_EVERY", 2)
     monkeypatch.setattr(transfer, "EPOCHS", {2: 2, 0: 1})
     shared = {"offline": transfer.SHARED | {"model.image_size": tiny.SIZE, "optim.head_lr": 0.01}}
     study = replace(transfer.TRANSFER, rows=transfer.rows(), budgets=shared)

@@ -19,7 +19,7 @@ from src import SetupError, bootstrap, notebook
 from tools import check, execute
 
 ROOT = Path(__file__).resolve().parent.parent
-NOTEBOOKS = sorted((ROOT / "notebook").glob("*.ipynb"))
+NOTEBOOKS = sorted((ROOT / "notebook").glob("*.ipynb")) + sorted((ROOT / "notebook").glob("*/*.ipynb"))
 NAMES = [path.stem for path in NOTEBOOKS]
 
 
@@ -30,20 +30,23 @@ def cells(path: Path) -> dict:
 # The notebook files
 
 
-def test_both_notebooks_are_there():
-    assert NAMES == ["ConvNeXt_Baseline", "ConvNeXt_Improvement"]
+def test_the_notebooks_are_there():
+    studies = ["Animals40", "DogBreeds20", "FineGrained"]
+    assert ["ConvNeXt_Baseline", "ConvNeXt_Improvement", *studies] == NAMES
+    assert {ROOT / "notebook" / source for source, _ in execute.NOTEBOOKS.values()} == set(NOTEBOOKS)
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=NAMES)
 def test_valid_thin_and_stripped(path):
     nbformat.validate(nbformat.read(path, as_version=4))
-    assert list(check._notebook_problems(path)) == []
+    assert list(check._notebook_problems(ROOT, str(path.relative_to(ROOT)))) == []
 
 
-def test_both_share_bootstrap_and_parameters():
-    first, second = (cells(path) for path in NOTEBOOKS)
-    for name in ("bootstrap", "parameters", "parameters-text"):
-        assert first[name].source == second[name].source
+def test_all_share_bootstrap_and_parameters():
+    first, second, *studies = (cells(path) for path in NOTEBOOKS)
+    assert first["parameters-text"].source == second["parameters-text"].source
+    for name in ("bootstrap", "parameters"):
+        assert {other[name].source for other in (second, *studies)} == {first[name].source}
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=NAMES)

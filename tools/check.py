@@ -36,8 +36,8 @@ LARGE_FILES: dict[str, str] = {
 }
 # What the README may name though git holds no such file: what runs write, and the data set's own files.
 WRITTEN_BY_RUNS = (".venv/", "cache/", "runs/", "results/quick/")
-NOT_OURS = ("val_annotations.txt", "wnids.txt", "words.txt", "model.safetensors")
-DATA_FOLDERS = ("tiny-imagenet-200/", "train/", "valid/", "val/")
+NOT_OURS = ("val_annotations.txt", "wnids.txt", "words.txt", "model.safetensors", "submission.csv")
+DATA_FOLDERS = ("tiny-imagenet-200/", "train/", "valid/", "val/", "test/", "Images/")
 PATH_ENDING = r"\.(py|ipynb|md|json|csv|png|txt|toml|cff|typ|pdf|yml|safetensors)$|/$"
 RELATIVE_TOLERANCE = 1e-5  # losses and confidences are rounded in the CSV; counts and accuracies are not
 
@@ -67,11 +67,11 @@ def lint(root: Path) -> list[str]:
 def notebooks(root: Path) -> list[str]:
     """Notebooks are stripped, thin, and open with a bootstrap and a `parameters` cell."""
     names = [name for name in tracked(root) if fnmatch(name, "notebook/*.ipynb")]
-    return [f"{name}: {problem}" for name in names for problem in _notebook_problems(root / name)]
+    return [f"{name}: {problem}" for name in names for problem in _notebook_problems(root, name)]
 
 
-def _notebook_problems(path: Path) -> Iterator[str]:
-    cells = nbformat.read(path, as_version=4).cells
+def _notebook_problems(root: Path, name: str) -> Iterator[str]:
+    cells = nbformat.read(root / name, as_version=4).cells
     code = [cell for cell in cells if cell.cell_type == "code"]
     source = "\n".join(cell.source for cell in code)
     n_lines = sum(bool(line.strip()) and not line.strip().startswith("#") for line in source.splitlines())
@@ -88,7 +88,7 @@ def _notebook_problems(path: Path) -> Iterator[str]:
         yield "the first code cell is not the bootstrap (REPO_URL)"
     if sum("parameters" in cell.metadata.get("tags", ()) for cell in code) != 1:
         yield "needs exactly one cell tagged `parameters`"
-    if f"/blob/main/notebook/{path.name}" not in cells[0].source:
+    if f"/blob/main/{name}" not in cells[0].source:
         yield "the first cell has no Open in Colab badge for this very file"
 
 
@@ -137,8 +137,8 @@ def _exists(token: str, files: list[str], root: Path) -> bool:
     """Whether a path or glob (`<arm>` stands for anything) is tracked, written by runs, or not ours."""
     pattern = re.sub(r"<[^>]*>|\{[^}]*\}|…|\.\.\.", "*", token.removeprefix("./"))
     if (
-        pattern.startswith(WRITTEN_BY_RUNS)
-        or pattern in (*NOT_OURS, *DATA_FOLDERS)
+        pattern.startswith((*WRITTEN_BY_RUNS, *DATA_FOLDERS))
+        or pattern in NOT_OURS
         or (root / pattern).exists()
     ):
         return True

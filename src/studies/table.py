@@ -126,7 +126,8 @@ def write_words(study: Study, folder: Path, table: pd.DataFrame) -> pd.DataFrame
 
 def read_summary(path: Path) -> pd.DataFrame:
     """What `summarise` gave, from `summary.csv`."""
-    return pd.read_csv(path).fillna({"against": "", "verdict": ""})
+    words = {"against": str, "verdict": str}  # all empty, they would be read as numbers
+    return pd.read_csv(path, dtype=words).fillna(dict.fromkeys(words, ""))
 
 
 def about(study: Study, table: pd.DataFrame) -> str:
