@@ -23,7 +23,7 @@ from src.figures import study_figure
 from src.report import write_csv
 from src.studies import ABLATION
 from src.studies import run as engine
-from src.studies.ablation import BUDGETS, LADDER, RECIPE, SINGLE
+from src.studies.ablation import BUDGETS, LADDER, OF_LARGE_MAPS, RECIPE, SINGLE
 from src.studies.run import Plan, run_study
 from src.studies.study import Times
 from src.studies.table import (
@@ -343,7 +343,14 @@ def ran(monkeypatch) -> list[tuple[str, int]]:
 
 def test_all_rows_are_run_for_a_seed_before_the_next(ran, pets, weights, tmp_path):
     run_rows(tmp_path, pets, weights)
-    assert ran == [(name, seed) for seed in (0, 1) for name in GRID]
+    rows = [row.name for row in ABLATION.rows_of("offline")]
+    assert ran == [(name, seed) for seed in (0, 1) for name in rows]
+    assert set(GRID) - set(rows) == set(OF_LARGE_MAPS) and len(ABLATION.rows_of("full")) == len(GRID)
+
+
+def test_a_row_of_another_profile_is_run_where_it_is_asked_for(ran, pets, weights, tmp_path):
+    run_rows(tmp_path, pets, weights, OF_LARGE_MAPS[0])
+    assert ran == [(OF_LARGE_MAPS[0], 0), (OF_LARGE_MAPS[0], 1)]
 
 
 def test_what_a_training_left_goes_when_no_row_needs_it(ran, pets, weights, tmp_path, monkeypatch):
