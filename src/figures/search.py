@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import matplotlib as mpl
+import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from src.figures.style import BLUE, DARK, GREY, ORANGE, blank_figure, percent, styled
 
@@ -31,6 +32,11 @@ def search_figure(table: pd.DataFrame, note: str) -> Figure:
         axes.set(xscale=scale, xlabel=label)
         if scale == "linear":
             axes.xaxis.set_major_locator(MaxNLocator(5, integer=column == "trial", min_n_ticks=1))
+        else:  # so few that their numbers do not touch
+            decades = np.log10(table[column].max() / table[column].min())
+            axes.xaxis.set_major_locator(LogLocator(subs=(1,) if decades > 2 else (1, 3)))
+            axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+            axes.xaxis.set_minor_formatter(NullFormatter())
         _draw_trials(axes, table, column)
     first = grid[0, 0]
     first.step(table["trial"], table["holdout_accuracy"].cummax().ffill(), color=GREY, lw=1, where="post")
