@@ -12,10 +12,13 @@ from __future__ import annotations
 import os
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import filelock
 import numpy as np
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -181,7 +184,35 @@ def claim_run_folder(setup: Setup) -> None:
 
 
 def train_and_predict(setup: Setup) -> None:
-    """Fit, try what comes after, score `valid` once. Its logits, written last, mark a finished run."""
+    """Fit, try what comes after, score `valid` once, while no other process works in the run's folder.
+
+    Raises `SetupError` where one does.
+    """
+    with alone_in(setup.run_folder):
+        _train_and_predict(setup)
+
+
+@contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """Hold the folder's lock; `SetupError` where another process does. Some network drives know no locks."""
+    lock = filelock.FileLock(folder / ".lock", timeout=0)
+    try:
+        lock.acquire()
+    except filelock.Timeout:
+        raise SetupError(
+            f"another process is at work on the run in {folder}. Wait until it has ended, or pass another "
+            "folder with --runs DIR."
+        ) from None
+    except (NotImplementedError, OSError) as error:
+        tqdm.write(f"{shown(folder)} cannot be locked ({error}): start no second run on it")
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _train_and_predict(setup: Setup) -> None:
+    """The stages of a run. The logits of `valid`, written last, mark a finished one."""
     config, model, folder = setup.config, setup.model, setup.run_folder
     probe_seconds = start_from_probe(setup) if config.model.head_init == "probe" else 0.0
     start = copied(model.learned_state())

@@ -9,6 +9,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import filelock
 import numpy as np
 import pandas as pd
 import pytest
@@ -30,6 +31,7 @@ from src.data.batches import Batches
 from src.data.store import load_store
 from src.experiment import (
     Paths,
+    alone_in,
     claim_run_folder,
     configure,
     make_batches,
@@ -668,6 +670,35 @@ def test_a_run_from_before_a_field_was_there_goes_on(pets, weights, tmp_path):
     write_json(record, earlier)
     with pytest.raises(SetupError, match="config.data.oversampled: True -> None"):
         claim_run_folder(setup)
+
+
+def test_two_processes_do_not_work_on_one_run(pets, weights, tmp_path):
+    """The second is refused at once and changes nothing; the run goes on when the first has ended."""
+    setup = prepare(own(pets, weights), paths(tmp_path))
+    setup.run_folder.mkdir(parents=True)
+    held = (
+        "import filelock, sys\n"
+        "with filelock.FileLock(sys.argv[1]):\n    print('held', flush=True)\n    sys.stdin.read()"
+    )
+    command = [sys.executable, "-c", held, str(setup.run_folder / ".lock")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout.readline() == "held\n"
+        with pytest.raises(SetupError, match="another process is at work .*--runs DIR"):
+            train_and_predict(setup)
+        assert [path.name for path in setup.run_folder.iterdir()] == [".lock"]
+        other.kill()  # a lock does not outlive its process
+    train_and_predict(setup)
+    assert (setup.run_folder / "valid_logits.npy").exists()
+
+
+def test_a_drive_without_locks_is_worked_on_all_the_same(tmp_path, monkeypatch, capsys):
+    def refuse(*_, **__):
+        raise NotImplementedError("no flock here")
+
+    monkeypatch.setattr(filelock.FileLock, "acquire", refuse)
+    with alone_in(tmp_path):
+        pass
+    assert "no flock here" in capsys.readouterr().out
 
 
 def test_quick_never_overwrites_real_results():
