@@ -9,7 +9,6 @@ equal pixels get equal answers.
 
 from __future__ import annotations
 
-import csv
 import functools
 import os
 import re
@@ -30,7 +29,7 @@ from src.data.sources.base import digest_of
 from src.data.sources.trees import IMAGE_SUFFIXES, FolderTree, is_hidden, is_image
 from src.data.store import Store, open_store
 from src.experiment import Paths, Setup, finished_run, require_writable, run, shown
-from src.files import read_json, write_atomically
+from src.files import read_json, write_csv
 
 SUBMISSION = "submission.csv"
 # Columns of the three likeliest classes: id, name, confidence.
@@ -111,7 +110,7 @@ def write_answers(config: Config, paths: Paths, images: str, out: Path) -> list[
         )
     bad = left_out(store, source)
     table = answered(setup, store, list(bad))
-    write_table(table, out)
+    write_csv(table, out)
     said = [f"{len(table) - len(bad):,} images answered by {setup.config.run_name}: see {shown(out)}"]
     if not images:
         path = out.with_name(SUBMISSION)
@@ -221,14 +220,4 @@ def write_submission(path: Path, image_ids: Sequence[str], classes: Sequence[str
             f"{path} is not written: {len(twice)} file names occur more than once among the test images, "
             f"first {twice[0]!r}. A submission names images without their folder: rename them."
         )
-    write_table(pd.DataFrame({"image_id": names, "class": list(classes)}).sort_values("image_id"), path)
-
-
-def write_table(table: pd.DataFrame, path: Path) -> None:
-    """The table as CSV in UTF-8, atomically; the cells come back unchanged through `csv` and pandas.
-
-    Text is quoted, as a carriage return in a name would end the row else. A name that starts with = + - or @
-    is written as it is, as in `src.evaluate`: let a spreadsheet import its column as text, not as formulas.
-    """
-    options = {"index": False, "lineterminator": "\n", "quoting": csv.QUOTE_NONNUMERIC}
-    write_atomically(Path(path), lambda partial: table.to_csv(partial, **options))
+    write_csv(pd.DataFrame({"image_id": names, "class": list(classes)}).sort_values("image_id"), path)

@@ -25,7 +25,7 @@ from statsmodels.stats.contingency_tables import mcnemar
 from statsmodels.stats.proportion import proportion_confint
 
 from src import SetupError
-from src.files import write_atomically
+from src.files import write_csv
 
 N_BINS = 15  # of the calibration error, as in Guo et al. 2017
 N_EXTREMES = 5  # best and worst classes that `score` names
@@ -104,7 +104,7 @@ def _require_usable(logits_NK: np.ndarray, labels_N: np.ndarray, image_ids: Sequ
 
 def write_predictions(frame: pd.DataFrame, path: Path) -> None:
     """The table as CSV, atomically; `read_predictions` gives the same table back."""
-    write_atomically(Path(path), lambda partial: frame.to_csv(partial, index=False, lineterminator="\n"))
+    write_csv(frame, path)
 
 
 def read_predictions(path: Path) -> pd.DataFrame:

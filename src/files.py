@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import csv
 import hashlib
 import json
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 
 def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
@@ -50,6 +54,19 @@ def write_json(path: Path, data: object) -> None:
 def read_json(path: Path) -> Any:
     """What `write_json` wrote."""
     return json.loads(path.read_text(encoding="utf-8"))
+
+
+def write_csv(table: pd.DataFrame, path: Path, index: bool = False, **options: Any) -> None:
+    """`DataFrame.to_csv` in UTF-8, atomically; cells come back unchanged through `csv` and pandas.
+
+    A lone carriage return ends a row for whoever reads, and is not quoted by itself: then all text is. A cell
+    that starts with = + - or @ is written as it is: let a spreadsheet import its column as text.
+    """
+    whole = table.reset_index() if index else table
+    texts = [*map(str, whole.columns), *whole.select_dtypes(exclude=["number", "bool"]).to_numpy().flat]
+    quoting = csv.QUOTE_NONNUMERIC if any("\r" in str(text) for text in texts) else csv.QUOTE_MINIMAL
+    options |= {"index": index, "lineterminator": "\n", "quoting": quoting}
+    write_atomically(Path(path), lambda partial: table.to_csv(partial, **options))
 
 
 def write_array(path: Path, array: np.ndarray) -> None:

@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from src import SetupError
+from src import SetupError, files
 from src.evaluate import (
     class_texts,
     compare,
@@ -152,10 +152,8 @@ def save(figure: Figure, path: Path) -> None:
 
 
 def write_csv(table: pd.DataFrame, path: Path, index: bool = False) -> None:
-    write_atomically(
-        path,
-        lambda partial: table.to_csv(partial, index=index, lineterminator="\n", float_format=f"%.{DIGITS}g"),
-    )
+    """The table with numbers of `DIGITS` significant digits."""
+    files.write_csv(table, path, index, float_format=f"%.{DIGITS}g")
 
 
 def rounded(value: object) -> object:

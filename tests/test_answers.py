@@ -22,11 +22,11 @@ from scipy.special import softmax
 from test_experiment import arguments, own, paths, refused, small
 
 from src import SetupError, after, answers, experiment
-from src.answers import UnlabelledFolder, answer_table, write_answers, write_submission, write_table
+from src.answers import UnlabelledFolder, answer_table, write_answers, write_submission
 from src.commands import main
 from src.data.store import decode
 from src.experiment import run
-from src.files import read_json
+from src.files import read_json, write_csv
 
 CLASSES = ("cat", "dog")
 # Overrides of each run: cached features; the weights alone; everything that comes after training, kept.
@@ -366,7 +366,7 @@ cells = st.text(st.characters(codec="utf-8", exclude_characters="\0"), max_size=
 @given(st.lists(st.tuples(cells, cells), min_size=1, max_size=4))
 def test_any_text_comes_back_unchanged(tmp_path_factory, rows):
     path = tmp_path_factory.getbasetemp() / "table.csv"
-    write_table(pd.DataFrame(rows, columns=["image", "name"]).assign(confidence=0.123456), path)
+    write_csv(pd.DataFrame(rows, columns=["image", "name"]).assign(confidence=0.123456), path)
     assert [(row["image"], row["name"], row["confidence"]) for row in read(path)] == [
         (*row, "0.123456") for row in rows
     ]

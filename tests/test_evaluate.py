@@ -227,7 +227,8 @@ def test_tables_of_other_images_are_refused():
 
 
 names = st.text(
-    st.characters(exclude_categories=["Cs", "Cc"]) | st.sampled_from(string.punctuation + "\n\t\u200b\ufeff"),
+    st.characters(exclude_categories=["Cs", "Cc"])
+    | st.sampled_from(string.punctuation + "\n\r\t\u200b\ufeff"),
     max_size=12,
 )
 
