@@ -504,6 +504,7 @@ ARMS = (
     *(ANIMALS40, DOGS20, FINE_GRAINED),
 )
 PRESETS = {config.arm: config for config in ARMS}
+STUDY_ARMS = tuple(config.arm for config in (ANIMALS40, DOGS20, FINE_GRAINED))
 
 # A profile changes sources, sizes and lengths, never the method. The learning rate goes with the
 # backbone: EfficientNet's batch-normalised layers want a larger one than ConvNeXt's.

@@ -15,6 +15,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -45,7 +46,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 DATA_VARIABLE = "TINY_IMAGENET_DIR"
-STUDY_ARMS = ("animals40", "dogs20", "fine_grained")
 # What a run leaves.
 FINISHED = ("model.safetensors", "facts.json", "history.json", "holdout_logits.npy", "valid_logits.npy")
 
@@ -69,7 +69,7 @@ class Paths:
 
     def results_of(self, arm: str) -> Path:
         """The folder of what people read about an arm."""
-        return self.results / (f"studies/{arm}" if arm in STUDY_ARMS else arm.capitalize())
+        return self.results / (f"studies/{arm}" if arm in configs.STUDY_ARMS else arm.capitalize())
 
 
 @dataclass(frozen=True)
@@ -134,7 +134,7 @@ def run(config: Config, paths: Paths) -> Result:
     """Train (or go on, or load what a finished run left), score `valid` once, write the arm's results."""
     setup = prepare(config, paths)
     claim_run_folder(setup)
-    if all((setup.run_folder / name).exists() for name in FINISHED):
+    if is_finished(setup.run_folder):
         tqdm.write(f"run {config.run_name} is finished: its results are loaded, nothing is trained")
     else:
         train_and_predict(setup)
@@ -145,6 +145,17 @@ def run(config: Config, paths: Paths) -> Result:
         raise SetupError(f"{weights} is damaged ({error}). Delete it and run again.") from None
     setup.model.eval()
     return write_results(setup)
+
+
+def is_finished(folder: Path) -> bool:
+    """Whether a run's folder holds all that a run leaves."""
+    return all((folder / name).exists() for name in FINISHED)
+
+
+def saved_logits(setup: Setup, split: str) -> tuple[np.ndarray, np.ndarray]:
+    """What a finished run said of `holdout` or `valid`: logits_NK, and the labels_N of the same images."""
+    rows_N = {"holdout": setup.splits.holdout_N, "valid": setup.splits.valid_N}[split]
+    return np.load(setup.run_folder / f"{split}_logits.npy"), setup.store.labels_N[rows_N]
 
 
 def finished_run(config: Config, paths: Paths) -> Path:
@@ -260,16 +271,16 @@ def make_batches(setup: Setup) -> tuple[FitData, Batches, float]:
     cached = config.caches_features
     # Images that are looked at once, or not at all, need no place on the device.
     rows = store.images if cached else to_device(store.images, device.torch_device)
-    preprocess, seconds, labels_N, place_N = setup.built.preprocess, 0.0, store.labels_N, None
+    preprocess, seconds = setup.built.preprocess, 0.0
+    used_U = np.arange(len(store))  # rows of the store that `rows` holds
     if cached:
         features, seconds = frozen_features(setup)
         rows, preprocess = to_device(features, device.torch_device), None
         used_U = used_rows(store)
-        labels_N, place_N = labels_N[used_U], np.searchsorted(used_U, np.arange(len(store)))
 
     def batches(index_M: np.ndarray) -> Batches:
-        size, index_M = device.eval_batch, index_M if place_N is None else place_N[index_M]
-        return Batches(rows, labels_N, index_M, size, device.torch_device, preprocess)
+        size, index_M = device.eval_batch, np.searchsorted(used_U, index_M)
+        return Batches(rows, store.labels_N[used_U], index_M, size, device.torch_device, preprocess)
 
     fit_on = replace(
         batches(splits.fit_N),
@@ -355,8 +366,15 @@ def recorded_config(config: Config) -> dict:
     del data["data"]["path"]
     path = Path(config.model.weights).expanduser()
     if config.model.weights not in configs.WEIGHTS and path.is_file():
-        data["model"]["weights"] = f"sha256:{sha256(path)}"
+        stat = path.stat()
+        data["model"]["weights"] = f"sha256:{_sha256_once(path, stat.st_size, stat.st_mtime_ns)}"
     return data
+
+
+@lru_cache(maxsize=8)
+def _sha256_once(path: Path, _size: int, _mtime_ns: int) -> str:
+    """`sha256` of a file that has not changed since: a study asks for it with every row and seed."""
+    return sha256(path)
 
 
 def write_results(setup: Setup) -> Result:
@@ -368,12 +386,11 @@ def write_results(setup: Setup) -> Result:
     from src.evaluate import prediction_frame, with_calibrated_confidence
 
     store, splits, folder = setup.store, setup.splits, setup.run_folder
-    facts, valid_NK = read_json(folder / "facts.json"), np.load(folder / "valid_logits.npy")
-    labels_N, image_ids_N = store.labels_N[splits.valid_N], store.image_ids_N[splits.valid_N]
+    facts, (valid_NK, labels_N) = read_json(folder / "facts.json"), saved_logits(setup, "valid")
+    image_ids_N = store.image_ids_N[splits.valid_N]
     predictions = prediction_frame(valid_NK, labels_N, image_ids_N, store.wnids, store.class_names)
     if splits.protocol == "holdout":  # else the images that would fit the temperature are those it is told of
-        holdout_NK = np.load(folder / "holdout_logits.npy")
-        temperature = best_temperature(holdout_NK, store.labels_N[splits.holdout_N])
+        temperature = best_temperature(*saved_logits(setup, "holdout"))
         predictions = with_calibrated_confidence(predictions, valid_NK, temperature)
         facts["calibration_temperature"] = temperature
     history = pd.DataFrame(read_json(folder / "history.json"))
@@ -383,7 +400,7 @@ def write_results(setup: Setup) -> Result:
 
     arm = setup.config.arm
     target = setup.paths.results_of(arm)
-    if arm in STUDY_ARMS:
+    if arm in configs.STUDY_ARMS:
         report.save(class_counts_of(setup), target / f"{arm}_images_per_class.png")
     metrics = report.write_arm(target, arm, predictions, history, facts, images)
     report.write_comparison(setup.paths.results)

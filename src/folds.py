@@ -16,11 +16,12 @@ from src import SetupError
 from src.config import Config, with_fields
 from src.evaluate import accuracy
 from src.experiment import (
-    FINISHED,
     Paths,
     claim_run_folder,
+    is_finished,
     prepare,
     require_writable,
+    saved_logits,
     train_and_predict,
 )
 from src.files import read_json, write_json
@@ -60,10 +61,9 @@ def run_fold(config: Config, paths: Paths) -> tuple[dict, np.ndarray]:
     """One fold, or what it left -> its line, and whether each image of its part is answered right."""
     setup = prepare(config, paths)
     claim_run_folder(setup)
-    if not all((setup.run_folder / name).exists() for name in FINISHED):
+    if not is_finished(setup.run_folder):
         train_and_predict(setup)
-    facts, labels_N = read_json(setup.run_folder / "facts.json"), setup.store.labels_N[setup.splits.valid_N]
-    logits_NK = np.load(setup.run_folder / "valid_logits.npy")
+    facts, (logits_NK, labels_N) = read_json(setup.run_folder / "facts.json"), saved_logits(setup, "valid")
     line = {
         "fold": config.data.fold,
         "n": len(labels_N),

@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 from src import SetupError
 from src.config import Config, field_names, get, preset, with_fields
 from src.data.batches import derived_seed
-from src.experiment import Paths, Setup, prepare, require_writable, train_and_predict
+from src.experiment import Paths, Setup, prepare, require_writable, saved_logits, train_and_predict
 from src.figures import search_figure
 from src.files import read_json, write_json
 from src.predict import loss_and_accuracy
@@ -188,9 +188,8 @@ def train(config: Config, paths: Paths) -> tuple[float, dict]:
     setup = prepare(config, paths)
     setup.run_folder.mkdir(parents=True, exist_ok=True)
     train_and_predict(setup)
-    logits_NK = np.load(setup.run_folder / "holdout_logits.npy")
-    labels_N = setup.store.labels_N[setup.splits.holdout_N]
-    return loss_and_accuracy(logits_NK, labels_N)["accuracy"], read_json(setup.run_folder / "facts.json")
+    accuracy = loss_and_accuracy(*saved_logits(setup, "holdout"))["accuracy"]
+    return accuracy, read_json(setup.run_folder / "facts.json")
 
 
 def trial_table(search: Search) -> pd.DataFrame:

@@ -15,7 +15,7 @@ import numpy as np
 
 from src import SetupError
 from src.answers import logits_of
-from src.experiment import Result
+from src.experiment import Result, saved_logits
 from src.report import footer
 from src.unknown import UNKNOWN, write_unknown
 from src.zero_shot import zero_shot_logits
@@ -39,11 +39,9 @@ def test_rows(result: Result) -> np.ndarray:
 def write_strangers(result: Result) -> Path:
     """What the run makes of strangers, in the folder `strangers` beside its results (see `write_unknown`)."""
     setup, rows_N = result.setup, test_rows(result)
-    store, valid_N = setup.store, setup.splits.valid_N
-    valid = np.load(setup.run_folder / "valid_logits.npy"), store.labels_N[valid_N]
-    test = logits_of(setup, store, rows_N), store.labels_N[rows_N]
+    test = logits_of(setup, setup.store, rows_N), setup.store.labels_N[rows_N]
     folder = result.folder / FOLDER
-    write_unknown(folder, valid, test, footer(result.metrics))
+    write_unknown(folder, saved_logits(setup, "valid"), test, footer(result.metrics))
     return folder
 
 

@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 
 from bench.tables import growth, hotspots, speed, steps
+from src.config import STUDY_ARMS
 from src.evaluate import wilson
 from src.studies import ABLATION, STUDIES, TRANSFER, reported
 from src.studies.study import Study
@@ -96,7 +97,7 @@ PAGES = {
         "audit": audit,
         "ablation": partial(study, ABLATION),
         "transfer40": partial(study, TRANSFER),
-        **{name: partial(family, STUDIES[name]) for name in ("animals40", "dogs20", "fine_grained")},
+        **{name: partial(family, STUDIES[name]) for name in STUDY_ARMS},
         "speed": speed,
     },
     "bench/README.md": {"steps": steps, "growth": growth, "hotspots": hotspots},

@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from src.figures.explain import N_ABREAST, draw_pixels, tint, two_lines, with_gaps, with_interval
+from src.figures.explain import N_ABREAST, draw_pixels, tint, two_lines, with_gaps, worth_of_marked
 from src.figures.style import BLUE, ORANGE, blank_figure, styled
 
 LEGEND = (
@@ -57,16 +57,7 @@ def _draw_map(axes: mpl.axes.Axes, pixels: np.ndarray, map_hw: np.ndarray, row: 
 
 def drop_findings(numbers: dict, methods: Sequence[str]) -> str:
     """What painting over the marked cells costs, a line a method, from `write_attributions`' numbers."""
-    share, lines = f"{100 * numbers['share_deleted']:.0f} %", []
-    for method in methods:
-        m = numbers[method]
-        whole, marked, random = (
-            f"{100 * m[name]:.1f} %"
-            for name in ("accuracy", "accuracy_without_marked", "accuracy_without_random")
-        )
-        lines.append(
-            f"{NAMES[method]}, {m['n']} images of valid: {whole} right; {marked} without the {share} of "
-            f"pixels that it marks highest, {random} without a random {share}; the marked ones are worth "
-            f"{with_interval(m)} more."
-        )
-    return "\n".join(lines)
+    share = f"{100 * numbers['share_deleted']:.0f} %"
+    return "\n".join(
+        worth_of_marked(numbers[method], NAMES[method], share, "that it marks highest") for method in methods
+    )

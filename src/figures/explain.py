@@ -126,21 +126,25 @@ def findings(numbers: dict) -> str:
     for arm in ("baseline", "improvement"):
         for kind, what in (("grad_cam", "that Grad-CAM marks"), ("attention_map", "with most attention")):
             if m := numbers[arm].get(kind):
-                whole, marked, random = (
-                    f"{100 * m[name]:.1f} %"
-                    for name in ("accuracy", "accuracy_without_marked", "accuracy_without_random")
-                )
-                lines.append(
-                    f"{arm.capitalize()}, {m['n']} images of valid: {whole} right; {marked} without the "
-                    f"{share} of pixels {what}, {random} without a random "
-                    f"{share}; the marked ones are worth {with_interval(m)} more."
-                )
+                lines.append(worth_of_marked(m, arm.capitalize(), share, what))
     if m := numbers["improvement"].get("attention"):
         lines.append(
             f"Switching the attention off (gate {listed(m['gates'])} to 0) changes {m['answers_changed']} of "
             f"{m['n']} answers; having it on is worth {with_interval(m)}."
         )
     return "\n".join(lines)
+
+
+def worth_of_marked(m: dict, whose: str, share: str, marked: str) -> str:
+    """What painting over the marked share of the pixels costs, and a random share, from `deletion_drop`."""
+    whole, without, random = (
+        f"{100 * m[name]:.1f} %"
+        for name in ("accuracy", "accuracy_without_marked", "accuracy_without_random")
+    )
+    return (
+        f"{whose}, {m['n']} images of valid: {whole} right; {without} without the {share} of pixels "
+        f"{marked}, {random} without a random {share}; the marked ones are worth {with_interval(m)} more."
+    )
 
 
 def with_interval(m: dict) -> str:

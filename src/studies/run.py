@@ -16,7 +16,6 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-import numpy as np
 from scipy.special import softmax
 from tqdm.auto import tqdm
 
@@ -31,6 +30,7 @@ from src.experiment import (
     prepare,
     recorded_config,
     require_writable,
+    saved_logits,
     train_and_predict,
 )
 from src.files import read_json
@@ -181,10 +181,9 @@ def run_row(job: Job, paths: Paths) -> dict:
     setup = prepare(job.config, job.paths(paths))
     setup.run_folder.mkdir(parents=True, exist_ok=True)
     train_and_predict(setup)
-    facts, splits = read_json(setup.run_folder / "facts.json"), setup.splits
-    scores = {}
-    for name, rows_N in (("holdout", splits.holdout_N), ("valid", splits.valid_N)):
-        logits_NK, labels_N = np.load(setup.run_folder / f"{name}_logits.npy"), setup.store.labels_N[rows_N]
+    facts, scores = read_json(setup.run_folder / "facts.json"), {}
+    for name in ("holdout", "valid"):
+        logits_NK, labels_N = saved_logits(setup, name)
         confidence_N, right_N = softmax(logits_NK, axis=1).max(axis=1), logits_NK.argmax(axis=1) == labels_N
         scores |= {f"{name}_{key}": value for key, value in loss_and_accuracy(logits_NK, labels_N).items()}
         scores[f"{name}_ece"] = calibration_error(confidence_N, right_N)
