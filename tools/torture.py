@@ -1,0 +1,119 @@
+"""`make torture`: every fault in full, then the table of what was tried and what survived.
+
+The ordinary suite tries a few of each (tests/torture). Rows of `results/reliability.csv` are replaced by what
+ran; `python -m tools.torture -k NAME` runs some of them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+
+import pandas as pd
+
+from src.files import write_csv
+
+ROOT = Path(__file__).resolve().parent.parent
+TABLE = "results/reliability.csv"
+COLUMNS = ("fault", "promise", "tried", "survived")
+# Fault and promise by name, in the order of the table.
+FAULTS: dict[str, tuple[str, str]] = {
+    "kill": (
+        "kill -9 at any moment of a run",
+        "no finished epoch is lost; history, weights and predictions end byte for byte as uninterrupted",
+    ),
+    "kill_write": ("kill -9 during a checkpoint's write", "there is always a whole checkpoint"),
+    "damaged_checkpoint": (
+        "a checkpoint with flipped bits, cut short, torn, of another kind or missing",
+        "detected and named; the one before it is used",
+    ),
+    "disk_full": (
+        "the disk is full, or a folder cannot be written to",
+        "a clear error; what was there stays; a read-only folder fails before the first epoch",
+    ),
+    "drive": (
+        "a network drive loses, cuts or garbles files",
+        "the run works on the local disk; only verified copies come back",
+    ),
+    "bad_images": (
+        "images that are cut short, mutated, empty, bombs or no images",
+        "no crash; each is named with its reason, or left out and counted on demand",
+    ),
+    "image_modes": (
+        "grey, CMYK, transparent, palette, 16-bit, animated, rotated images",
+        "the right pixels: RGB, on white, scaled to 8 bits, first frame, upright",
+    ),
+    "layouts": (
+        "folders, lists and tables that contradict themselves",
+        "refused before training, with the difference",
+    ),
+    "not_finite": (
+        "NaN or infinity in the loss or a gradient",
+        "the run stops before the weights change, and says where",
+    ),
+    "out_of_memory": (
+        "a batch does not fit into the memory",
+        "half as many images pass at once; the effective batch stays; recorded",
+    ),
+    "downloads": (
+        "a server that cuts off, stalls, refuses, redirects or sends other bytes; a hub out of reach",
+        "resumed, waited for, verified; nothing partial is used; the cache works offline",
+    ),
+    "archives": (
+        "pickles with code, archives that point outside or unfold without end",
+        "no code runs, nothing lands outside, bytes are bounded",
+    ),
+    "names": (
+        "class and file names with commas, quotes, line ends, formulas, any Unicode",
+        "tables come back cell for cell",
+    ),
+    "two_runs": ("several processes on one run's folder", "one works, the others end with a clear error"),
+    "batch_sizes": (
+        "other batch sizes, another number of processes",
+        "metrics are those of the rows, exactly; training agrees to rounding",
+    ),
+    "other_weights": (
+        "weights of another tag, release or file in a run's folder",
+        "refused, with what differs",
+    ),
+}
+
+
+def gathered(records: Iterable[dict]) -> pd.DataFrame:
+    """A row a fault from the records of single tests, in the table's order."""
+    found = pd.DataFrame(records, columns=["name", "tried", "survived"])
+    sums = found.groupby("name")[["tried", "survived"]].sum()
+    rows = [(*FAULTS[name], *map(int, sums.loc[name])) for name in FAULTS if name in sums.index]
+    return pd.DataFrame(rows, columns=list(COLUMNS))
+
+
+def updated(before: pd.DataFrame, now: pd.DataFrame) -> pd.DataFrame:
+    """The table with the rows of `now` in the place of those of the same fault."""
+    rows = pd.concat([before[~before["fault"].isin(now["fault"])], now])
+    order = {fault: place for place, (fault, _) in enumerate(FAULTS.values())}
+    known = rows[rows["fault"].isin(order)]
+    return known.sort_values("fault", key=lambda faults: faults.map(order)).reset_index(drop=True)
+
+
+def main(arguments: list[str]) -> int:
+    """Run pytest over tests/torture in full, then write and print the table; pytest's exit status."""
+    with tempfile.TemporaryDirectory() as folder:
+        environment = {**os.environ, "TORTURE": "full", "TORTURE_RECORDS": folder}
+        command = [sys.executable, "-m", "pytest", "tests/torture", "-n", "auto", "-q", *arguments]
+        status = subprocess.run(command, cwd=ROOT, env=environment).returncode
+        records = [json.loads(path.read_text(encoding="utf-8")) for path in Path(folder).glob("*.json")]
+    path = ROOT / TABLE
+    before = pd.read_csv(path) if path.exists() else pd.DataFrame(columns=list(COLUMNS))
+    table = updated(before, gathered(records))
+    write_csv(table, path)
+    print(table[["fault", "tried", "survived"]].to_string(index=False))
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
