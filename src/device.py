@@ -8,17 +8,24 @@ import platform
 import resource
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
+from typing import TypeVar
 
 import torch
+from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
+from tqdm.auto import tqdm
+
+from src import SetupError, processes
 
 # Bytes one image takes in training (forward, backward, 16-bit activations) of ConvNeXt-Tiny at 224 px,
 # with a margin; other sizes scale with the number of pixels.
 BYTES_PER_IMAGE_224 = 45e6
 CPU_MICRO_BATCH = 64  # larger ones fall out of the caches
 RECORDED_PACKAGES = ("torch", "torchvision", "timm", "accelerate", "numpy", "pillow", "scikit-learn")
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -41,14 +48,38 @@ def choose_device(image_size: int, batch_size: int, micro_batch: int = 0) -> Dev
     if not torch.cuda.is_available():
         at_once = min(micro_batch or CPU_MICRO_BATCH, batch_size)
         return Device(torch.device("cpu"), "no", at_once, 128, cpu_name())
-    properties = torch.cuda.get_device_properties(0)
+    device = torch.device("cuda", processes.state().local_process_index)
+    properties = torch.cuda.get_device_properties(device)
     # A T4 emulates bf16 slowly: emulation does not count.
     native_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
     fitting = int(0.6 * properties.total_memory / (BYTES_PER_IMAGE_224 * (image_size / 224) ** 2))
     fitting = max(8, 2 ** (max(fitting, 1).bit_length() - 1))
     precision = "bf16" if native_bf16 else "fp16"
     at_once = min(micro_batch or fitting, batch_size)
-    return Device(torch.device("cuda", 0), precision, at_once, 2 * min(fitting, batch_size), properties.name)
+    return Device(device, precision, at_once, 2 * min(fitting, batch_size), properties.name)
+
+
+def halving(work: Callable[[int], Result], at_once: int) -> tuple[Result, int]:
+    """`work(at_once)`, with half as many images as often as memory runs out; its result, and the number.
+
+    `work` must be able to start anew. Raises `SetupError` where one image alone is too much.
+    """
+    while True:
+        try:
+            return work(at_once), at_once
+        except RuntimeError as error:
+            if not should_reduce_batch_size(error):
+                raise
+            reason = str(error).splitlines()[0]
+        # Here the traceback is gone, and with it what the failed attempt held.
+        if at_once == 1:
+            raise SetupError(
+                f"one image alone does not fit into the memory ({reason}). Lower model.image_size, or take a "
+                "smaller model.backbone."
+            )
+        clear_device_cache(garbage_collection=True)
+        at_once //= 2
+        tqdm.write(f"out of memory: {at_once} images pass at once from here on")
 
 
 def send(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:

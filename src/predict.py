@@ -6,6 +6,7 @@ import hashlib
 import json
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -13,21 +14,31 @@ import torch
 from scipy.special import log_softmax
 from tqdm.auto import tqdm
 
+from src import processes
 from src.data.batches import Batches
-from src.device import Device
+from src.device import Device, halving
 from src.files import read_json, write_array, write_json
 
 
 def one_pass(
     function: Callable[[torch.Tensor], torch.Tensor], batches: Batches, device: Device, label: str
 ) -> np.ndarray:
-    """`function` over the batches in order -> float32 (N, ...). Put its model in eval mode first."""
+    """`function` over the batches in order -> float32 (N, ...). Put its model in eval mode first.
+
+    Of several processes each takes its share of the batches.
+    """
     outputs: list[np.ndarray] = []
+    at_once = batches.batch_size
+
+    def answers(inputs: torch.Tensor, n: int) -> list[np.ndarray]:
+        return [function(part).float().cpu().numpy() for part in inputs.split(n)]
+
     with torch.inference_mode(), autocast(device), image_bar(batches.n_examples, label) as bar:
-        for inputs, _ in batches.in_order():
-            outputs.append(function(inputs).float().cpu().numpy())
-            bar.update(len(inputs))
-    return np.concatenate(outputs)
+        for inputs, _ in batches.in_order(processes.share):
+            parts, at_once = halving(partial(answers, inputs), at_once)
+            outputs += parts
+            bar.update(len(inputs) * processes.n_processes())
+    return np.concatenate(processes.gathered(outputs))
 
 
 def loss_and_accuracy(logits_NK: np.ndarray, labels_N: np.ndarray) -> dict[str, float]:
@@ -41,7 +52,7 @@ def loss_and_accuracy(logits_NK: np.ndarray, labels_N: np.ndarray) -> dict[str, 
 def image_bar(n_images: int, label: str, done: int = 0) -> tqdm:
     """A bar over images, with images a second and the time left; it goes when it is full."""
     options = {"unit": "img", "unit_scale": True, "leave": False, "mininterval": 0.5}
-    return tqdm(total=n_images, initial=done, desc=label, **options)
+    return tqdm(total=n_images, initial=done, desc=label, disable=not processes.is_main(), **options)
 
 
 def autocast(device: Device) -> torch.autocast:
@@ -68,6 +79,8 @@ def cached_features(
         started = time.perf_counter()
         features = one_pass(function, batches, device, "features of the frozen backbone")
         seconds = time.perf_counter() - started
-        write_array(path, features)
-        write_json(note, {**identity, "shape": list(features.shape), "seconds": round(seconds, 3)})
+        if processes.is_main():
+            write_array(path, features)
+            write_json(note, {**identity, "shape": list(features.shape), "seconds": round(seconds, 3)})
+        processes.wait_for_all()
     return np.load(path, mmap_mode="c"), read_json(note)["seconds"]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -16,22 +17,22 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from torch import nn
-from tqdm.auto import tqdm
+from torch.nn.modules.batchnorm import _BatchNorm
 
-from src import SetupError, checkpoint
+from src import SetupError, checkpoint, processes
 from src.average import State, WeightAverage, copied
 from src.config import Config
 from src.data.augment import mixing
 from src.data.batches import Batches, derived_seed
-from src.device import Device
+from src.device import Device, halving
 from src.model.attention import attention_entropy
 from src.model.build import Classifier
 from src.optim import L2SP, build_optimizer, class_weights, lr_at, set_lr
 from src.predict import autocast, image_bar, loss_and_accuracy, one_pass
 
-STEPS_BETWEEN_READS = 20  # the loss is read from the device this often, for the bar and the finite check
+STEPS_BETWEEN_READS = 20  # losses are read from the device this often, for the bar and the finite check
 DROPOUT_STREAM = 1  # tells the seeds of dropout apart from those of augmentation
+SECONDS_BETWEEN_BACKUPS = 60  # a drive is slow, and an epoch of cached features takes a second
 ATTENTION_IMAGES = 32  # of `holdout`, over which the entropy of attention is averaged
 
 
@@ -49,7 +50,8 @@ class Progress:
     """Where a run stands: all of it goes into the checkpoint. Sums are over the examples of this epoch.
 
     `history`: one row an epoch, counted from 1: losses, accuracies (fractions), the rate factor, and of an
-    attention head its gate and the entropy of its weights.
+    attention head its gate and the entropy of its weights. `micro_batch`: images that passed at once since
+    memory ran out; 0 where it did not.
     """
 
     epoch: int = 0
@@ -62,19 +64,25 @@ class Progress:
     seconds: list[float] = field(default_factory=list)
     best_epoch: int = 0
     bad_epochs: int = 0
+    micro_batch: int = 0
 
 
 class Trainer:
     """A run in motion: model, optimizer and progress, with what it takes to save and restore them."""
 
     def __init__(
-        self, model: Classifier, data: FitData, config: Config, device: Device, folder: Path
+        self,
+        model: Classifier,
+        data: FitData,
+        config: Config,
+        device: Device,
+        folder: Path,
+        after_save: Callable[[], None] = lambda: None,
     ) -> None:
         self.model, self.data, self.config, self.device, self.folder = model, data, config, device, folder
         on_cpu = device.torch_device.type == "cpu"
         self.accelerator = Accelerator(mixed_precision=device.precision, cpu=on_cpu)
-        if self.accelerator.num_processes > 1:
-            raise SetupError("a run uses one process; start it without `accelerate launch --num_processes`.")
+        require_enough_for_all(data.fit)
         if config.train.grad_checkpointing:
             recompute_activations(model)
         model.to(device.torch_device)
@@ -96,13 +104,18 @@ class Trainer:
             self.averages["ema"] = WeightAverage(model.learned_state(), config.train.ema_decay)
         if config.after.soup_epochs:
             self.averages["soup"] = WeightAverage(model.learned_state())
+        self.after_save, self.backed_up_at = after_save, time.monotonic()
         self.saved_at = time.monotonic()
+        self.micro_batch = device.micro_batch
         payload = checkpoint.load_newest(folder)
         if payload:
             self.restore(payload)
 
     def save(self) -> None:
         """Write a checkpoint of this moment."""
+        self.saved_at = time.monotonic()
+        if not processes.is_main():
+            return
         payload = {
             "progress": asdict(self.progress),
             "model": self.model.learned_state(),
@@ -113,11 +126,14 @@ class Trainer:
         }
         step = self.progress.epoch * len(self.data.fit) + self.progress.step
         checkpoint.save(self.folder, step, payload)
-        self.saved_at = time.monotonic()
+        if time.monotonic() - self.backed_up_at > SECONDS_BETWEEN_BACKUPS:
+            self.after_save()
+            self.backed_up_at = time.monotonic()
 
     def restore(self, payload: dict) -> None:
         """Go back to the moment that a checkpoint holds."""
         self.progress = Progress(**payload["progress"])
+        self.micro_batch = min(self.micro_batch, self.progress.micro_batch or self.micro_batch)
         self.model.load_state_dict(payload["model"], strict=False)
         self.best_state = payload["best"]
         self.optimizer.load_state_dict(payload["optimizer"])
@@ -125,7 +141,7 @@ class Trainer:
             self.accelerator.scaler.load_state_dict(payload["scaler"])
         for name, average in self.averages.items():
             average.restore(payload["averages"][name])
-        tqdm.write(f"resuming at epoch {self.progress.epoch + 1}, step {self.progress.step}")
+        processes.say(f"resuming at epoch {self.progress.epoch + 1}, step {self.progress.step}")
 
     @property
     def finished(self) -> bool:
@@ -134,22 +150,23 @@ class Trainer:
         return progress.epoch >= train.epochs or progress.bad_epochs >= train.patience
 
     def train_epoch(self) -> None:
-        """The rest of the current epoch, step by step; sums stay on the device between reads."""
+        """The rest of the current epoch, step by step; sums stay on the device until they are read."""
         train, progress = self.config.train, self.progress
         batches = self.data.fit.at_size(self.config.size_at(progress.epoch))
         started = time.perf_counter() - progress.epoch_seconds
-        sums = torch.tensor([progress.loss_sum, progress.n_correct], dtype=torch.float64)
-        sums = sums.to(self.device.torch_device)
+        unread: list[torch.Tensor] = []
         self.model.train()
         label = f"epoch {progress.epoch + 1}/{train.epochs}"
         with image_bar(batches.n_examples, label, done=progress.n_seen) as bar:
             for inputs, labels_B in batches.epoch(train.seed, progress.epoch, progress.step):
-                sums += self.train_step(inputs, labels_B)
+                unread.append(self.train_step(inputs, labels_B))
                 progress.step += 1
                 progress.n_seen += len(labels_B)
                 bar.update(len(labels_B))
                 if progress.step % STEPS_BETWEEN_READS == 0 or progress.step == len(batches):
-                    self.read(sums, time.perf_counter() - started)
+                    self.read(unread)
+                    unread.clear()
+                    progress.epoch_seconds = time.perf_counter() - started
                     bar.set_postfix_str(f"loss {progress.loss_sum / progress.n_seen:.3f}")
                     if time.monotonic() - self.saved_at > 60 * train.checkpoint_minutes:
                         self.save()
@@ -157,53 +174,86 @@ class Trainer:
     def train_step(
         self, inputs: torch.Tensor, labels_B: torch.Tensor, lr_factor: float | None = None
     ) -> torch.Tensor:
-        """One optimizer step, accumulated over micro-batches -> (loss sum, correct) on the device.
+        """One optimizer step -> this process's (loss sum, correct, norm of the gradient) on the device.
 
-        The rates are the schedule's, or their base times `lr_factor`. The loss is the cross-entropy; the
-        penalty of L2-SP has a gradient and no place in the history.
+        The rates are the schedule's, or their base times `lr_factor`. A gradient that is not finite changes
+        no weight; `read` finds it. The loss is the cross-entropy; the penalty of L2-SP has a gradient and no
+        place in the history.
         """
         optim, progress, n_steps = self.config.optim, self.progress, len(self.data.fit)
         if lr_factor is None:
             step = progress.epoch * n_steps + progress.step
             lr_factor = lr_at(step, self.config.train.epochs * n_steps, optim)
         set_lr(self.optimizer, lr_factor)
-        seed_dropout(derived_seed(self.config.train.seed, progress.epoch, progress.step, DROPOUT_STREAM))
-        if self.mix:
-            inputs, labels_B = self.mix(inputs, labels_B)  # labels become probabilities (B,K)
-        sums = torch.zeros(2, dtype=torch.float64, device=self.device.torch_device)
-        n_parts = -(-len(labels_B) // self.device.micro_batch)  # even parts: none is a single image
-        micro_batches = (part.tensor_split(n_parts) for part in (inputs, labels_B))
-        for x, y in zip(*micro_batches, strict=True):
-            with autocast(self.device):
-                logits_BK = self.forward(x).float()
-                loss_sum = F.cross_entropy(
-                    logits_BK, y, self.class_weights, label_smoothing=optim.label_smoothing, reduction="sum"
-                )
-            self.accelerator.backward(loss_sum / len(labels_B))
-            labels = y if y.ndim == 1 else y.argmax(1)
-            sums += torch.stack([loss_sum.detach(), (logits_BK.detach().argmax(1) == labels).sum()])
+        sums, fitted = halving(lambda n: self.add_gradients(inputs, labels_B, n), self.micro_batch)
+        if fitted < self.micro_batch:
+            self.micro_batch = progress.micro_batch = fitted
+        self.share_gradients()
         if self.penalty:
             self.accelerator.backward(self.penalty())
-        if optim.clip_norm:
-            self.accelerator.clip_grad_norm_(self.model.parameters(), optim.clip_norm)
+        norm = self.accelerator.clip_grad_norm_(self.model.parameters(), optim.clip_norm or math.inf)
+        if not self.accelerator.scaler:  # which looks itself, and lowers its scale
+            broken = ~(sums[0] + norm).isfinite()
+            self.optimizer.optimizer.found_inf = broken.float()  # fused optimizers then leave all as it was
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         if "ema" in self.averages:
             self.averages["ema"].update()
+        return torch.cat([sums, norm.detach().double().view(1)])
+
+    def add_gradients(self, inputs: torch.Tensor, labels_B: torch.Tensor, micro_batch: int) -> torch.Tensor:
+        """Gradients of this process's share, in micro-batches -> (loss sum, correct) on the device."""
+        train, progress, n_images = self.config.train, self.progress, len(labels_B)
+        where = (train.seed, progress.epoch, progress.step, DROPOUT_STREAM)
+        self.optimizer.zero_grad(set_to_none=True)
+        seed_dropout(derived_seed(*where))
+        if self.mix:
+            inputs, labels_B = self.mix(inputs, labels_B)  # labels become probabilities (B,K)
+        if not processes.is_main():
+            seed_dropout(derived_seed(*where, processes.process_index()))
+        inputs, labels_B = processes.share(inputs), processes.share(labels_B)
+        sums = torch.zeros(2, dtype=torch.float64, device=self.device.torch_device)
+        n_parts = -(-len(labels_B) // micro_batch)  # even parts: none is a single image
+        micro_batches = (part.tensor_split(n_parts) for part in (inputs, labels_B))
+        for x, y in zip(*micro_batches, strict=True):
+            with autocast(self.device):
+                logits_BK = self.forward(x).float()
+                smoothing = self.config.optim.label_smoothing
+                loss_sum = F.cross_entropy(
+                    logits_BK, y, self.class_weights, label_smoothing=smoothing, reduction="sum"
+                )
+            self.accelerator.backward(loss_sum / n_images)
+            labels = y if y.ndim == 1 else y.argmax(1)
+            sums += torch.stack([loss_sum.detach(), (logits_BK.detach().argmax(1) == labels).sum()])
         return sums
 
-    def read(self, sums: torch.Tensor, seconds: float) -> None:
-        """Bring the sums of the epoch so far to the host."""
-        progress = self.progress
-        loss_sum, n_correct = sums.tolist()
-        self.require_finite(loss_sum)
-        progress.loss_sum, progress.n_correct, progress.epoch_seconds = loss_sum, int(n_correct), seconds
+    def share_gradients(self) -> None:
+        """Add up what the processes found; statistics of batch normalisation become their mean."""
+        if (n := processes.n_processes()) == 1:
+            return
+        norms = [m for m in self.model.modules() if isinstance(m, _BatchNorm) and m.training]
+        statistics = [value for norm in norms for value in (norm.running_mean, norm.running_var)]
+        for value in statistics:
+            value.div_(n)
+        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+        processes.sum_in_place([*gradients, *statistics])
 
-    def require_finite(self, loss: float) -> None:
-        """Refuse to go on with a loss that is NaN or infinite."""
-        if not math.isfinite(loss):
+    def read(self, unread: list[torch.Tensor]) -> None:
+        """Bring what the latest steps returned to the host. Raises `SetupError` for what is not finite."""
+        progress = self.progress
+        rows = processes.summed(torch.stack(unread)).tolist()
+        for step, (loss_sum, n_correct, norm) in enumerate(rows, progress.step - len(rows) + 1):
+            self.require_finite("loss", loss_sum, step)
+            if not self.accelerator.scaler:
+                self.require_finite("gradient", norm, step)
+            progress.loss_sum += loss_sum
+            progress.n_correct += int(n_correct)
+
+    def require_finite(self, what: str, value: float, step: int) -> None:
+        """Refuse to go on with NaN or infinity."""
+        if not math.isfinite(value):
             raise SetupError(
-                f"the loss is {loss} at epoch {self.progress.epoch + 1}, step {self.progress.step}: "
+                f"the {what} is {value} at epoch {self.progress.epoch + 1}, step {step}: "
                 "the run stops. Try a lower `optim.lr` or a positive `optim.clip_norm`; "
                 "the last checkpoint is from before."
             )
@@ -214,7 +264,7 @@ class Trainer:
         with self.averages["ema"].in_place() if "ema" in self.averages else nullcontext():
             self.score_epoch()
         progress.seconds.append(progress.epoch_seconds + time.perf_counter() - started)
-        tqdm.write(epoch_line(progress, self.config))
+        processes.say(epoch_line(progress, self.config))
         progress.epoch += 1
         progress.step = progress.n_seen = progress.n_correct = 0
         progress.loss_sum = progress.epoch_seconds = 0.0
@@ -224,7 +274,7 @@ class Trainer:
         """The history row of the weights that the model has now; they are kept if they are the best."""
         train, progress = self.config.train, self.progress
         holdout = self.score_holdout()
-        self.require_finite(holdout["loss"])
+        self.require_finite("loss of the held-out images", holdout["loss"], progress.step)
         last_step = (progress.epoch + 1) * len(self.data.fit) - 1
         progress.history.append(
             {
@@ -283,14 +333,20 @@ class Trainer:
 
 
 def fit(
-    model: Classifier, data: FitData, config: Config, device: Device, folder: Path
+    model: Classifier,
+    data: FitData,
+    config: Config,
+    device: Device,
+    folder: Path,
+    after_save: Callable[[], None] = lambda: None,
 ) -> tuple[Progress, State | None]:
     """Train `model` until patience or the epochs run out and leave it with its best epoch's weights.
 
     Returns the progress and, where `after.soup_epochs` asks for it, the mean of the last epochs' weights.
-    Resumes from the newest whole checkpoint in `folder`. Raises `SetupError` if the loss stops being finite.
+    Resumes from the newest whole checkpoint in `folder`. Raises `SetupError` for a loss or a gradient that is
+    not finite. `after_save` is called after checkpoints, but not more than once a minute.
     """
-    trainer = Trainer(model, data, config, device, folder)
+    trainer = Trainer(model, data, config, device, folder, after_save)
     while not trainer.finished:
         trainer.train_epoch()
         trainer.end_epoch()
@@ -309,9 +365,19 @@ def seed_dropout(seed: int) -> None:
         torch.cuda.manual_seed(seed)
 
 
+def require_enough_for_all(batches: Batches) -> None:
+    """Refuse a run whose smallest batch leaves a process without an image."""
+    n, smallest = processes.n_processes(), batches.n_examples // len(batches)
+    if smallest < n:
+        raise SetupError(
+            f"a batch of {smallest} cannot be divided over {n} processes: start fewer, "
+            "or raise train.batch_size."
+        )
+
+
 def recompute_activations(model: Classifier) -> None:
     """Gradient checkpointing (Chen et al. 2016) in the backbone: less memory for a second forward pass."""
-    if any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.backbone.modules()):
+    if any(isinstance(module, _BatchNorm) for module in model.backbone.modules()):
         raise SetupError(
             "train.grad_checkpointing = True is for backbones without batch normalisation, whose statistics "
             "the second forward pass would count twice. Use a lower train.batch_size instead."

@@ -71,7 +71,7 @@ def test_accumulated_gradients_are_the_full_batch_s(tmp_path, micro_batch):
     inputs, labels_B = next(subject.data.fit.epoch(0, 0))
     subject.optimizer.step = lambda: None
     subject.optimizer.zero_grad = lambda **_: None
-    loss_sum, n_correct = subject.train_step(inputs, labels_B).tolist()
+    loss_sum, n_correct, _ = subject.train_step(inputs, labels_B).tolist()
 
     logits_BK = reference(inputs)
     loss = F.cross_entropy(logits_BK, labels_B, label_smoothing=0.1)
@@ -128,7 +128,7 @@ def test_parts_of_a_mixed_weighted_and_penalised_step_are_the_whole_batch(tmp_pa
     subject.optimizer.step = lambda: None
     subject.optimizer.zero_grad = lambda **_: None
     inputs, labels_B = next(subject.data.fit.epoch(0, 0))
-    loss_sum, n_correct = subject.train_step(inputs, labels_B).tolist()
+    loss_sum, n_correct, _ = subject.train_step(inputs, labels_B).tolist()
 
     [(images, y_BK)] = mixed
     assert images.shape == inputs.shape and y_BK.shape == (8, 5) and not torch.equal(images, inputs)
@@ -168,7 +168,7 @@ def test_accuracy_of_mixed_images_counts_the_larger_share(tmp_path):
     predicted = torch.tensor([0, 0, 2, 1])  # larger, smaller, whole, smaller
     subject.mix = lambda inputs, labels_B: (inputs, y_BK)
     subject.forward = lambda x: 5 * F.one_hot(predicted, 5).float().requires_grad_()
-    loss_sum, n_correct = subject.train_step(torch.zeros(4, 1), torch.tensor([0, 1, 2, 1])).tolist()
+    loss_sum, n_correct, _ = subject.train_step(torch.zeros(4, 1), torch.tensor([0, 1, 2, 1])).tolist()
     assert n_correct == 2 and math.isfinite(loss_sum)
 
 

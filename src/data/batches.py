@@ -142,9 +142,11 @@ class Batches:
                 inputs = augment(inputs, self.augmentation, generator, self.preprocess.fill)
             yield self._prepare(inputs), labels_B
 
-    def in_order(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """(inputs, labels_B) once through the split in its own order, never augmented."""
-        for inputs, labels_B in self._taken(np.array_split(self.index_M, len(self))):
+    def in_order(
+        self, some_of: Callable[[list[np.ndarray]], list[np.ndarray]] = list
+    ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """(inputs, labels_B) once through the split in its own order, never augmented; or `some_of` them."""
+        for inputs, labels_B in self._taken(some_of(np.array_split(self.index_M, len(self)))):
             yield self._prepare(inputs), labels_B
 
     def _prepare(self, inputs: torch.Tensor) -> torch.Tensor:
