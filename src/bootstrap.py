@@ -25,14 +25,14 @@ DRIVE = Path("/content/drive")
 def prepare(drive_folder: str = "") -> str:
     """Install what is missing, read Colab's HF_TOKEN secret, mount Drive where asked, print versions.
 
-    Returns the folder for runs: `drive_folder` inside the mounted Google Drive, or "" for the default.
+    Returns the folder for copies of runs: `drive_folder` inside the mounted Google Drive, or "" for none.
     Raises `SetupError` where pip fails or Drive is asked for outside Colab.
     """
     install_missing()
     read_colab_secret("HF_TOKEN")
-    runs = mount_drive(drive_folder) if drive_folder else ""
+    drive = mount_drive(drive_folder) if drive_folder else ""
     print(describe())
-    return runs
+    return drive
 
 
 def missing(requirements: Path = REQUIREMENTS) -> list[str]:
@@ -98,8 +98,8 @@ def mount_drive(folder: str) -> str:
         from google.colab import drive
     except ImportError:
         raise SetupError(
-            f"DRIVE_FOLDER = {folder!r}: Google Drive can be mounted in Colab alone. Leave it empty and set "
-            "runs_dir instead."
+            f"DRIVE_FOLDER = {folder!r}: Google Drive can be mounted in Colab alone. Leave it empty "
+            "elsewhere: runs_dir keeps the checkpoints."
         ) from None
     drive.mount(str(DRIVE))
     path = DRIVE / "MyDrive" / folder.strip("/")

@@ -27,7 +27,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from src import SetupError
+from src import SetupError, processes
 from src import config as configs
 from src.config import Config
 from src.data.splits import make_splits
@@ -38,6 +38,8 @@ from src.files import read_json
 def obey(args: argparse.Namespace) -> str:
     """Do what the command line asks for; what it says at the end."""
     if args.command in COMMANDS:
+        if processes.n_processes() > 1:
+            raise SetupError(f"{args.command} works in one process: start it without `accelerate launch`.")
         return COMMANDS[args.command](args)
     paths = paths_of(args)
     run(config_of(args, args.command), paths)
@@ -52,6 +54,8 @@ OPTIONS: dict[str, dict] = {
     "--results": {"default": "", "help": "folder for what people read"},
     "--runs": {"default": "", "help": "folder for checkpoints and logits"},
     "--cache": {"default": "", "help": "folder for the decoded images and features"},
+    "--backup": {"default": "", "help": "a drive that gets snapshots of --runs, and gives them back"},
+    "--skip-bad": {"action": "store_true", "help": "leave unreadable images out, and count them"},
     "--set": {"action": "append", "default": [], "metavar": "KEY=VALUE", "help": "any config field"},
     "--preset": {
         "default": "improvement",
@@ -84,12 +88,13 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def paths_of(args: argparse.Namespace) -> Paths:
-    return Paths.of(args.profile, args.results, args.runs, args.cache)
+    return Paths.of(args.profile, args.results, args.runs, args.cache, args.backup)
 
 
 def overrides_of(args: argparse.Namespace) -> dict[str, object]:
     pairs = [item.partition("=") for item in args.set]
-    return {"data.protocol": args.protocol, **{key: value for key, _, value in pairs}}
+    skip = {"data.skip_bad": True} if args.skip_bad else {}
+    return {"data.protocol": args.protocol, **skip, **{key: value for key, _, value in pairs}}
 
 
 def config_of(args: argparse.Namespace, arm: str) -> Config:
@@ -321,8 +326,11 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], str]] = {
 def main(arguments: list[str] | None = None) -> int:
     """The command line; a `SetupError` is one message and exit status 2."""
     try:
-        print(obey(parse_arguments(arguments)))
+        said = obey(parse_arguments(arguments))
+        processes.end()
     except SetupError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    if processes.is_main():
+        print(said)
     return 0

@@ -13,7 +13,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -25,7 +25,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
 
-from src import SetupError
+from src import SetupError, backup, processes
 from src import config as configs
 from src.after import best_temperature, improve
 from src.average import copied
@@ -52,19 +52,26 @@ FINISHED = ("model.safetensors", "facts.json", "history.json", "holdout_logits.n
 
 @dataclass(frozen=True)
 class Paths:
-    """Where a run reads and writes: what people read, what it works on, what can be made again."""
+    """Where a run reads and writes: what people read, what it works on, what can be made again.
+
+    `backup`: a drive that gets snapshots of what the run works on.
+    """
 
     results: Path
     runs: Path
     cache: Path
+    backup: Path | None = None
 
     @classmethod
-    def of(cls, profile: str, results: str = "", runs: str = "", cache: str = "") -> Paths:
+    def of(cls, profile: str, results: str = "", runs: str = "", cache: str = "", backup: str = "") -> Paths:
         """Given folders, or the defaults in the checkout: `quick` never overwrites real results."""
         root = Path(__file__).resolve().parent.parent
         default_results = root / "results" / "quick" if profile == "quick" else root / "results"
         return cls(
-            Path(results or default_results), Path(runs or root / "runs"), Path(cache or root / "cache")
+            Path(results or default_results),
+            Path(runs or root / "runs"),
+            Path(cache or root / "cache"),
+            Path(backup) if backup else None,
         )
 
     def results_of(self, arm: str) -> Path:
@@ -92,6 +99,11 @@ class Setup:
     def run_folder(self) -> Path:
         return self.paths.runs / self.config.run_name
 
+    def snapshot(self) -> None:
+        """Back the run's folder up, where that was asked for."""
+        if self.paths.backup:
+            backup.save(self.run_folder, self.paths.backup)
+
 
 @dataclass(frozen=True)
 class Result:
@@ -107,11 +119,12 @@ class Result:
 def prepare(config: Config, paths: Paths) -> Setup:
     """Open data, splits, weights and folders. Raises `SetupError` for whatever is wrong with them."""
     set_up_process()
-    for folder in (paths.results, paths.runs, paths.cache):
+    for folder in (paths.results, paths.runs, paths.cache, *filter(None, [paths.backup])):
         require_writable(folder)
-    store = open_data(config, paths)
-    splits = make_splits(store, config.data)
-    built = build_model(config.model, store.wnids, config.train.seed)
+    with processes.main_first():  # one downloads and decodes, the others find what it left
+        store = open_data(config, paths)
+        splits = make_splits(store, config.data)
+        built = build_model(config.model, store.wnids, config.train.seed)
     return Setup(config, paths, store, splits, built, device_for(config), git_commit())
 
 
@@ -133,18 +146,22 @@ def device_for(config: Config) -> Device:
 def run(config: Config, paths: Paths) -> Result:
     """Train (or go on, or load what a finished run left), score `valid` once, write the arm's results."""
     setup = prepare(config, paths)
-    claim_run_folder(setup)
+    with processes.main_first():
+        if processes.is_main():
+            claim_run_folder(setup)
     if is_finished(setup.run_folder):
-        tqdm.write(f"run {config.run_name} is finished: its results are loaded, nothing is trained")
+        processes.say(f"run {config.run_name} is finished: its results are loaded, nothing is trained")
     else:
         train_and_predict(setup)
+    processes.wait_for_all()
     weights = setup.run_folder / "model.safetensors"
     try:
         setup.model.load_state_dict(load_file(weights), strict=False)
     except SafetensorError as error:
         raise SetupError(f"{weights} is damaged ({error}). Delete it and run again.") from None
     setup.model.eval()
-    return write_results(setup)
+    with processes.main_first():
+        return write_results(setup) if processes.is_main() else read_results(setup)
 
 
 def is_finished(folder: Path) -> bool:
@@ -178,6 +195,8 @@ def claim_run_folder(setup: Setup) -> None:
         "weights_sha256": setup.built.weights_sha256,
     }
     path = setup.run_folder / "run.json"
+    if setup.paths.backup and not setup.run_folder.exists():
+        backup.restore(setup.paths.backup, setup.run_folder)
     if path.exists():
         before = read_json(path)
         # A field that came later is off at its default.
@@ -199,7 +218,7 @@ def train_and_predict(setup: Setup) -> None:
 
     Raises `SetupError` where one does.
     """
-    with alone_in(setup.run_folder):
+    with alone_in(setup.run_folder) if processes.is_main() else nullcontext():
         _train_and_predict(setup)
 
 
@@ -228,13 +247,13 @@ def _train_and_predict(setup: Setup) -> None:
     probe_seconds = start_from_probe(setup) if config.model.head_init == "probe" else 0.0
     start = copied(model.learned_state())
     data, valid, feature_seconds = make_batches(setup)
-    progress, soup = fit(model, data, config, setup.device, folder)
+    progress, soup = fit(model, data, config, setup.device, folder, setup.snapshot)
     started = time.perf_counter()
     predictor = improve(model, start, soup, data, config.after, setup.device)
-    state = {name: value.contiguous() for name, value in model.learned_state().items()}
-    write_atomically(folder / "model.safetensors", lambda partial: save_file(state, partial))
     improved = time.perf_counter()
     valid_NK = predictor.logits(valid, "valid")
+    if not processes.is_main():
+        return
     seconds = {
         "probe": probe_seconds,
         "features": feature_seconds,
@@ -248,10 +267,13 @@ def _train_and_predict(setup: Setup) -> None:
         "temperature": predictor.temperature,
         "seconds": seconds,
     }
+    state = {name: value.contiguous() for name, value in model.learned_state().items()}
+    write_atomically(folder / "model.safetensors", lambda partial: save_file(state, partial))
     write_json(folder / "facts.json", facts)
     write_json(folder / "history.json", progress.history)
     write_array(folder / "holdout_logits.npy", predictor.holdout_NK)
     write_array(folder / "valid_logits.npy", valid_NK)
+    setup.snapshot()
 
 
 def start_from_probe(setup: Setup) -> float:
@@ -260,7 +282,8 @@ def start_from_probe(setup: Setup) -> float:
     built = build_model(config.model, setup.store.wnids, config.train.seed)
     probe = replace(setup, config=config, built=built, device=device_for(config))
     data, _, seconds = make_batches(probe)
-    progress, _ = fit(built.model, data, config, probe.device, setup.run_folder / "probe")
+    folder = setup.run_folder / "probe"
+    progress, _ = fit(built.model, data, config, probe.device, folder, setup.snapshot)
     start_classifier(setup.model, built.model.classifier, setup.config.model.head_init_scale)
     return seconds + sum(progress.seconds)
 
@@ -334,6 +357,7 @@ def run_facts(setup: Setup, progress: Progress) -> dict:
         "n_classes": len(setup.store.wnids),
         "n_fit": len(setup.splits.fit_N),
         "n_holdout": len(setup.splits.holdout_N),
+        "n_unreadable": len(setup.store.manifest["bad_files"]),  # left out on demand
         "backbone": setup.built.weights_tag,
         "weights_sha256": setup.built.weights_sha256,
         "head": config.model.head,
@@ -347,7 +371,8 @@ def run_facts(setup: Setup, progress: Progress) -> dict:
         "trainable_parameters": sum(p.numel() for p in parameters if p.requires_grad),
         "gflops": round(gmacs(model, config.model.predicts_at), 4),
         "batch_size": config.train.batch_size,
-        "micro_batch": device.micro_batch,
+        "micro_batch": progress.micro_batch or device.micro_batch,
+        "processes": processes.n_processes(),
         "precision": {"no": "fp32"}.get(device.precision, device.precision),
         "peak_memory_gb": round(peak_memory_gb(device.torch_device), 2),
         "hardware": device.name,
@@ -407,6 +432,18 @@ def write_results(setup: Setup) -> Result:
     return Result(setup, metrics, predictions, history, target)
 
 
+def read_results(setup: Setup) -> Result:
+    """What `write_results` of another process wrote."""
+    import pandas as pd
+
+    from src.evaluate import read_predictions
+
+    arm, target = setup.config.arm, setup.paths.results_of(setup.config.arm)
+    predictions = read_predictions(target / f"{arm}_validation_predictions.csv")
+    history = pd.read_csv(target / f"{arm}_history.csv")
+    return Result(setup, read_json(target / "metrics.json"), predictions, history, target)
+
+
 def class_counts_of(setup: Setup) -> Figure:
     """The figure of how many images each class has, in all of its splits."""
     from src.figures import class_counts
@@ -429,7 +466,7 @@ def require_writable(folder: Path) -> None:
     except OSError as error:
         raise SetupError(
             f"folder {folder} cannot be written to ({error.strerror}). "
-            "Choose another with --results, --runs or --cache."
+            "Choose another with --results, --runs, --cache or --backup."
         ) from None
 
 

@@ -36,11 +36,13 @@ def data_summary(setup: Setup) -> Markdown:
         note = "Protocol `published`: `valid` also chooses the epoch, so it is an optimistic number."
     else:
         note = "Protocol `holdout`: every choice is made on images held out of train; `valid` is scored once."
+    bad = [item["image_id"] for item in store.manifest["bad_files"]]
+    left_out = f" Left out as unreadable: {len(bad):,} ({', '.join(bad[:5])})." if bad else ""
     return Markdown(
         f"**{store.manifest['source']}**, {len(store.class_names)} classes, stored at {store.size} × "
         f"{store.size} pixels: {names}{f' and {more} more' if more > 0 else ''}.\n\n"
         "| fit: trained on | holdout: chosen on | valid: reported on |\n| ---: | ---: | ---: |\n"
-        f"| {counts} |\n\n{note}"
+        f"| {counts} |\n\n{note}{left_out}"
     )
 
 

@@ -140,6 +140,7 @@ def footer(metadata: dict) -> str:
         f"{metadata['image_size']} px" if "image_size" in metadata else None,
         f"data: {metadata['data']}" if "data" in metadata else None,
         f"protocol: {metadata['protocol']}" if "protocol" in metadata else None,
+        f"{metadata['n_unreadable']:,} unreadable images left out" if metadata.get("n_unreadable") else None,
         metadata.get("hardware"),
     ]
     return " · ".join(clean(part) for part in parts if part)

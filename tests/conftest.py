@@ -6,6 +6,7 @@ import io
 import json
 import os
 import zipfile
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +15,8 @@ import pytest
 import tiny
 import torch
 from PIL import Image
+from torture.attempts import Tally
+from torture.warm import Warm
 
 from src.data import sources
 from src.data.sources import Counts
@@ -174,3 +177,34 @@ def weights(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def pets(tmp_path_factory) -> Path:
     return write_pets(tmp_path_factory.mktemp("data") / "pets")
+
+
+@pytest.fixture
+def tally(request: pytest.FixtureRequest) -> Iterator[Callable[[str], Tally]]:
+    """`tally(name)` -> the `Tally` of a fault of `FAULTS`; judged when the test ends."""
+    tallies: list[Tally] = []
+
+    def start(name: str) -> Tally:
+        tallies.append(Tally(name))
+        return tallies[-1]
+
+    yield start
+    for each in tallies:
+        each.finish(request.node.nodeid)
+
+
+@pytest.fixture(scope="module")
+def warm(tmp_path_factory) -> Iterator[Warm]:
+    """A process that starts runs as forks of itself, with a checkpoint at every second step."""
+    reads = "from src import train; train.STEPS_BETWEEN_READS, train.SECONDS_BETWEEN_BACKUPS = 2, 0"
+    with Warm(tmp_path_factory.mktemp("warm"), reads) as process:
+        yield process
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory) -> Path:
+    """What `torture.warm.command` trains on."""
+    folder = tmp_path_factory.mktemp("inputs")
+    write_pets(folder / "pets")
+    tiny.write_weights(folder / "weights.safetensors", n_classes=7)
+    return folder

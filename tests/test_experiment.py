@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -464,67 +463,7 @@ def test_libraries_of_the_report_wait_for_it():
     assert "src.train" in loaded and not late & loaded
 
 
-# ----------------------------------------------------------------------------------- killed and resumed
-
-
-KILLED = """
-import os, signal, sys
-import torch
-torch.set_num_threads(1)
-from src import checkpoint, train
-from src.commands import main
-train.STEPS_BETWEEN_READS = 2
-survives, save, saved = int(sys.argv[1]), checkpoint.save, []
-
-def save_and_die(*arguments):
-    save(*arguments)
-    saved.append(1)
-    if len(saved) == survives:
-        os.kill(os.getpid(), signal.SIGKILL)
-
-checkpoint.save = save_and_die
-sys.exit(main(sys.argv[2:]))
-"""
-
-
-def in_a_process(arguments: list[str], survives: int = 0) -> int:
-    """The command line in a process that kills itself after so many checkpoints (0: never)."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", KILLED, str(survives), *arguments]
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, timeout=600).returncode
-
-
-def outputs(folder: Path, arm: str) -> dict[str, bytes]:
-    names = (f"{arm}_history.csv", f"{arm}_validation_predictions.csv")
-    return {name: (folder / "results" / arm.capitalize() / name).read_bytes() for name in names}
-
-
-def test_a_killed_run_goes_on_to_the_same_result(pets, weights, tmp_path):
-    """SIGKILL after the first checkpoint, two steps into the first of four; then the same command again."""
-    whole, cut = tmp_path / "whole", tmp_path / "cut"
-    overrides = small(weights, train__epochs=2, train__batch_size=5)
-    assert in_a_process(arguments(cut, "improvement", pets, overrides), survives=1) == -9
-    run_folder = next((cut / "runs").iterdir())
-    assert checkpoint.load_newest(run_folder)["progress"]["step"] == 2
-    assert not (cut / "results" / "Improvement").exists()
-    for folder in (cut, whole):
-        assert in_a_process(arguments(folder, "improvement", pets, overrides)) == 0
-    assert outputs(cut, "improvement") == outputs(whole, "improvement")
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("arm", ARMS)
-def test_a_run_killed_after_every_checkpoint_in_turn(pets, weights, tmp_path, arm):
-    """With a kill after each checkpoint the run needs as many starts as it has checkpoints."""
-    whole, cut = tmp_path / "whole", tmp_path / "cut"
-    overrides = small(weights, train__epochs=2)
-    assert in_a_process(arguments(whole, arm, pets, overrides)) == 0
-    starts = 0
-    while in_a_process(arguments(cut, arm, pets, overrides), survives=1) == -9:
-        starts += 1
-        assert starts < 30
-    assert starts == 6  # two within each epoch and one at its end
-    assert outputs(cut, arm) == outputs(whole, arm)
+# ------------------------------------------------------------- cut off between stages (kills: tests/torture)
 
 
 @pytest.mark.parametrize("stage", ["end_epoch", "save_file", "write_results"])
