@@ -17,7 +17,7 @@ run = $(PY) -m src.experiment $(1) --profile '$(PROFILE)' --protocol '$(PROTOCOL
 
 .DEFAULT_GOAL := help
 .PHONY: help quick baseline improvement studies ablation audit analysis explain report paper slides \
-	test slow torture bench check format notebooks readme clean
+	test slow torture mutants bench check format notebooks readme clean
 
 help:  ## List the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -68,6 +68,9 @@ slow: $(READY)  ## Run the slow tests (real data where TINY_IMAGENET_DIR names i
 
 torture: $(READY)  ## Try every fault in full and print what survived (an hour; ARGS= goes to pytest)
 	@$(PY) -m tools.torture $(ARGS)
+
+mutants: $(READY)  ## Break the code, a line at a time: a test must fail each time (minutes; ARGS= goes on)
+	@$(PY) -m tools.mutants $(ARGS)
 
 bench: $(READY)  ## Time the conventional way against this one (quiet machine, an hour; ARGS= goes on)
 	@$(PY) -m bench $(if $(DATA),--data '$(DATA)') $(ARGS)

@@ -15,7 +15,7 @@ from src.evaluate import compare, score
 from src.report import write_csv
 from src.studies import ABLATION
 from src.studies.table import about, read_table, write_words
-from tools import check, readme
+from tools import check, readme, torture
 
 ROOT = Path(__file__).resolve().parents[1]
 URL = "https://github.com/someone/thing"
@@ -43,6 +43,8 @@ git clone {URL}.git
 <!-- fine_grained:end -->
 <!-- speed:begin -->
 <!-- speed:end -->
+<!-- reliability:begin -->
+<!-- reliability:end -->
 """
 NOT_RUN = "not run yet: `python -m src.experiment ablation`"
 
@@ -53,7 +55,7 @@ def repo(tmp_path: Path) -> Path:
     subprocess.run(["git", "init", "--quiet", str(tmp_path)], check=True)
     files = {
         "Makefile": "".join(
-            f"{target}:  ## do\n\techo\n" for target in ("quick", "bench", "ablation", "audit")
+            f"{target}:  ## do\n\techo\n" for target in ("quick", "bench", "ablation", "audit", "torture")
         ),
         "LICENSE": "MIT\n",
         "CITATION.cff": f'repository-code: "{URL}"\n',
@@ -379,3 +381,16 @@ def test_repo_url(repo, name):
     assert check.repo_url(repo) == []
     edit(repo / name, "someone/thing", "someone/other")
     assert len(check.repo_url(repo)) == 1
+
+
+def test_the_reliability_table_is_replaced_row_by_row(repo):
+    """What ran takes the place of what was there; other faults keep their rows, in the list's order."""
+    names = list(torture.FAULTS)
+    first = torture.gathered([{"name": names[2], "tried": 3, "survived": 3}])
+    both = [{"name": names[0], "tried": tried, "survived": tried} for tried in (4, 5)]
+    table = torture.updated(torture.updated(first, first), torture.gathered(both))
+    assert table["fault"].tolist() == [torture.FAULTS[names[i]][0] for i in (0, 2)]
+    assert table[["tried", "survived"]].to_numpy().tolist() == [[9, 9], [3, 3]]
+    write(repo / torture.TABLE, table.assign(survived=[9, 2]).to_csv(index=False))
+    assert check.reliability(repo) == [f"{torture.FAULTS[names[2]][0]}: 2 of 3 survived"]
+    assert readme.reliability(repo).endswith(f"| {torture.FAULTS[names[2]][1]} | 3 | 2 |")

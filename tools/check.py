@@ -25,7 +25,7 @@ from src.model.build import EMBEDDED_WEIGHTS
 from src.page import read_results, render
 from src.studies import STUDIES
 from src.studies.table import read_table, write_words
-from tools import readme
+from tools import readme, torture
 
 MAX_CODE_CELLS, MAX_CODE_LINES = 12, 60
 MEGABYTE = 1_000_000
@@ -246,6 +246,14 @@ def _close(said: object, counted: float) -> bool:
     return isinstance(said, int | float) and math.isclose(said, counted, rel_tol=RELATIVE_TOLERANCE)
 
 
+def reliability(root: Path) -> list[str]:
+    """Nothing was lost in `make torture`."""
+    rows = torture.read(root / torture.TABLE).itertuples()
+    return [
+        f"{row.fault}: {row.survived} of {row.tried} survived" for row in rows if row.survived < row.tried
+    ]
+
+
 def sizes(root: Path) -> list[str]:
     """No tracked file over 1 MB without a reason, none over 10 MB."""
     failures = []
@@ -278,7 +286,7 @@ def repo_url(root: Path) -> list[str]:
 
 CHECKS = (
     *(lint, notebooks, executed_copies, readme_names, readme_numbers),
-    *(results, studies, weights, derived, sizes, repo_url),
+    *(results, studies, weights, derived, reliability, sizes, repo_url),
 )
 
 

@@ -18,6 +18,7 @@ from src.evaluate import wilson
 from src.studies import ABLATION, STUDIES, TRANSFER, reported
 from src.studies.study import Study
 from src.studies.table import about, markdown, read_summary, read_table, write_summary
+from tools import torture
 
 ARMS = ("Baseline", "Improvement", "Best")
 HEADER = (
@@ -91,6 +92,17 @@ def _without(arm: str, part: dict) -> str:
     return f"{arm} stays at {after}" if before == after else f"{arm} has {after} instead of {before}"
 
 
+def reliability(root: Path) -> str:
+    """What `make torture` provoked, and how often nothing was lost."""
+    table = torture.read(root / torture.TABLE)
+    if table.empty:
+        return "not run yet: `make torture`"
+    rows = [
+        f"| {row.fault} | {row.promise} | {row.tried:,} | {row.survived:,} |" for row in table.itertuples()
+    ]
+    return "\n".join(["| fault | promise | tried | survived |", "| --- | --- | ---: | ---: |", *rows])
+
+
 PAGES = {
     "README.md": {
         "results": results,
@@ -99,6 +111,7 @@ PAGES = {
         "transfer40": partial(study, TRANSFER),
         **{name: partial(family, STUDIES[name]) for name in STUDY_ARMS},
         "speed": speed,
+        "reliability": reliability,
     },
     "bench/README.md": {"steps": steps, "growth": growth, "hotspots": hotspots},
 }

@@ -100,6 +100,11 @@ def updated(before: pd.DataFrame, now: pd.DataFrame) -> pd.DataFrame:
     return known.sort_values("fault", key=lambda faults: faults.map(order)).reset_index(drop=True)
 
 
+def read(path: Path) -> pd.DataFrame:
+    """The table as written; no row where it is not."""
+    return pd.read_csv(path) if path.exists() else pd.DataFrame(columns=list(COLUMNS))
+
+
 def main(arguments: list[str]) -> int:
     """Run pytest over tests/torture in full, then write and print the table; pytest's exit status."""
     with tempfile.TemporaryDirectory() as folder:
@@ -107,10 +112,8 @@ def main(arguments: list[str]) -> int:
         command = [sys.executable, "-m", "pytest", "tests/torture", "-n", "auto", "-q", *arguments]
         status = subprocess.run(command, cwd=ROOT, env=environment).returncode
         records = [json.loads(path.read_text(encoding="utf-8")) for path in Path(folder).glob("*.json")]
-    path = ROOT / TABLE
-    before = pd.read_csv(path) if path.exists() else pd.DataFrame(columns=list(COLUMNS))
-    table = updated(before, gathered(records))
-    write_csv(table, path)
+    table = updated(read(ROOT / TABLE), gathered(records))
+    write_csv(table, ROOT / TABLE)
     print(table[["fault", "tried", "survived"]].to_string(index=False))
     return status
 
