@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import functools
 import os
-import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
@@ -25,8 +24,15 @@ from src.after import Predictor, averaged_views
 from src.config import Config, with_fields
 from src.data.batches import Batches
 from src.data.sources import Example, Source, open_source
-from src.data.sources.base import digest_of
-from src.data.sources.trees import IMAGE_SUFFIXES, FolderTree, is_hidden, is_image
+from src.data.sources.base import digest_of, name_of
+from src.data.sources.trees import (
+    IMAGE_SUFFIXES,
+    FolderTree,
+    is_hidden,
+    is_image,
+    require_utf8,
+    version,
+)
 from src.data.store import Store, open_store
 from src.experiment import Paths, Setup, finished_run, require_writable, run, shown
 from src.files import read_json, write_csv
@@ -45,18 +51,18 @@ class UnlabelledFolder(FolderTree):
     """The images below a folder, however deep, as a source without classes; all are `test`.
 
     Hidden files, files without an image's suffix and what is behind linked folders are passed over.
-    Raises `SetupError` for a folder that cannot be listed or holds no images, and for a file name that is not
-    UTF-8.
+    Raises `SetupError` for a folder that cannot be listed or holds no images, for a file name that is not
+    UTF-8, and for an image that is a pipe or a device.
     """
 
     wnids = class_names = ()
 
     def __init__(self, root: Path):
         self.root = Path(root)
-        self.name = re.sub(r"[^a-z0-9]+", "-", self.root.resolve().name.lower()).strip("-") or "images"
+        self.name = name_of(self.root)
         if not self.root.is_dir():
             raise SetupError(f"{root} is not a folder. Name one that holds images with --images.")
-        self.files = {name: self._version(name) for name in sorted(self._names())}
+        self.files = {name: version(self.root / name) for name in sorted(self._names())}
         if not self.files:
             suffixes = " ".join(IMAGE_SUFFIXES)
             raise SetupError(f"{root} holds no images ({suffixes}). Name a folder that does with --images.")
@@ -66,15 +72,9 @@ class UnlabelledFolder(FolderTree):
             folders[:] = [name for name in folders if not is_hidden(name)]
             for name in names:
                 if is_image(name) and not is_hidden(name):
-                    yield Path(folder, name).relative_to(self.root).as_posix()
-
-    def _version(self, name: str) -> tuple[int, int]:
-        """Size and mtime in ns; a dangling link fails when it is read."""
-        path = self.root / name
-        if name.encode("utf-8", "ignore").decode() != name:
-            raise SetupError(f"{self.root}: the file name {name!r} is not UTF-8. Rename the file.")
-        stat = path.stat(follow_symlinks=path.is_file())
-        return stat.st_size, stat.st_mtime_ns
+                    relative = Path(folder, name).relative_to(self.root).as_posix()
+                    require_utf8(self.root, relative)
+                    yield relative
 
     @functools.cached_property
     def fingerprint(self) -> str:

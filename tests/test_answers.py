@@ -14,8 +14,6 @@ import pytest
 import tiny
 import torch
 from conftest import encode, noise, write_pets
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import load_file
 from scipy.special import softmax
@@ -26,7 +24,7 @@ from src.answers import UnlabelledFolder, answer_table, write_answers, write_sub
 from src.commands import main
 from src.data.store import decode
 from src.experiment import run
-from src.files import read_json, write_csv
+from src.files import read_json
 
 CLASSES = ("cat", "dog")
 # Overrides of each run: cached features; the weights alone; everything that comes after training, kept.
@@ -355,20 +353,3 @@ def test_logits_that_are_not_finite_are_refused():
     logits_NK[2, 1] = np.nan
     with pytest.raises(SetupError, match="1 of 4 images, first 'c'"):
         answer_table(list("abcd"), logits_NK, list("ABC"), list("abc"))
-
-
-cells = st.text(st.characters(codec="utf-8", exclude_characters="\0"), max_size=12) | st.sampled_from(
-    ["=1+1", "+cmd|' /C calc'!A0", "-2", "@SUM(A1)", "a,b", '"', "a\nb", "a\rb", "a\r\nb", " ", "NA", "1e3"]
-)
-
-
-@settings(max_examples=100, deadline=None)
-@given(st.lists(st.tuples(cells, cells), min_size=1, max_size=4))
-def test_any_text_comes_back_unchanged(tmp_path_factory, rows):
-    path = tmp_path_factory.getbasetemp() / "table.csv"
-    write_csv(pd.DataFrame(rows, columns=["image", "name"]).assign(confidence=0.123456), path)
-    assert [(row["image"], row["name"], row["confidence"]) for row in read(path)] == [
-        (*row, "0.123456") for row in rows
-    ]
-    again = pd.read_csv(path, dtype=str, na_filter=False)
-    assert list(zip(again["image"], again["name"], strict=True)) == rows

@@ -3,15 +3,11 @@
 import json
 import math
 import re
-import string
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from pandas.testing import assert_frame_equal
 from scipy import stats
 from sklearn.calibration import calibration_curve
 
@@ -224,25 +220,6 @@ def test_tables_of_other_images_are_refused():
         compare(a, a.assign(Image_Id="same"))
     with pytest.raises(SetupError, match="Ground_Truth differs in 300 rows"):
         compare(a, a.assign(Ground_Truth=a["Ground_Truth_Name"]))
-
-
-names = st.text(
-    st.characters(exclude_categories=["Cs", "Cc"])
-    | st.sampled_from(string.punctuation + "\n\r\t\u200b\ufeff"),
-    max_size=12,
-)
-
-
-@settings(max_examples=40, deadline=None)
-@given(st.lists(names, min_size=3, max_size=3), st.lists(names, min_size=6, max_size=6, unique=True))
-def test_csv_round_trip(tmp_path_factory, class_names, image_ids):
-    logits_NK, labels_N = make(6, 3)
-    frame = prediction_frame(logits_NK, labels_N, image_ids, ["01", "1e3", "NA"], class_names)
-    path = tmp_path_factory.mktemp("csv") / "p.csv"
-    write_predictions(frame, path)
-    assert_frame_equal(read_predictions(path), frame)
-    assert score(read_predictions(path)) == score(frame)
-    assert [p.name for p in path.parent.iterdir()] == ["p.csv"]
 
 
 def test_the_studys_own_columns_and_class_names_as_text(tmp_path):

@@ -42,15 +42,16 @@ FAULTS: dict[str, tuple[str, str]] = {
     ),
     "bad_images": (
         "images that are cut short, mutated, empty, bombs or no images",
-        "no crash; each is named with its reason, or left out and counted on demand",
+        "no crash; each is named with its reason (or left out and counted, on demand), or has the pixels "
+        "that Pillow reads: a JPEG has no checksum",
     ),
     "image_modes": (
         "grey, CMYK, transparent, palette, 16-bit, animated, rotated images",
-        "the right pixels: RGB, on white, scaled to 8 bits, first frame, upright",
+        "the right pixels: RGB, on white, scaled to 8 bits, first frame, upright; without a range, refused",
     ),
     "layouts": (
         "folders, lists and tables that contradict themselves",
-        "refused before training, with the difference",
+        "refused before training, with the difference; clutter is harmless",
     ),
     "not_finite": (
         "NaN or infinity in the loss or a gradient",

@@ -14,22 +14,25 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import filelock
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 from tqdm.auto import tqdm
 
 from src import SetupError
 from src.data.sources import Example, Source
+from src.data.sources.trees import FORMATS
 from src.files import flush
 
 FORMAT = 1
 CHUNK = 128  # images a task: large enough that the pool's overhead does not show
+MAX_PIXEL_SCANS = 2**34  # of a JPEG, 20 seconds: each of its scans may pass over all pixels in a few bytes
 log = logging.getLogger(__name__)
 
 
@@ -131,31 +134,95 @@ def load_store(path: Path) -> Store:
 
 
 def decode(data: bytes, size: int, resize: str = "crop") -> np.ndarray:
-    """Encoded image to uint8 (size, size, 3), RGB; transparency on white, 16 bits scaled to 8, first frame.
+    """Encoded image to uint8 (size, size, 3), as `upright_rgb` reads it.
 
-    EXIF orientation is applied. Where the image is not `size` x `size`, its central square (`resize`: `crop`)
-    or the whole of it (`squash`: the aspect ratio is lost) is resized, bicubic and antialiased. Raises what
-    Pillow raises, and `ValueError` for images above Pillow's pixel limit.
+    Where the image is not `size` x `size`, its central square (`resize`: `crop`) or the whole of it
+    (`squash`: the aspect ratio is lost) is resized, bicubic and antialiased. Raises what `upright_rgb` does.
     """
-    with Image.open(io.BytesIO(data)) as opened:
-        limit = Image.MAX_IMAGE_PIXELS
-        if limit is not None and opened.width * opened.height > limit:
-            raise ValueError(f"{opened.width}x{opened.height} pixels exceed the limit of {limit:,}")
-        opened.load()
-        image = ImageOps.exif_transpose(opened)
-    if image.mode == "F":
-        raise ValueError("floating-point pixels have no defined range")
-    if image.mode.startswith("I"):  # 16-bit grey: "I;16", or "I" in older versions of Pillow
-        grey_HW = np.clip(np.asarray(image).astype(np.int64), 0, 65535)
-        image = Image.fromarray(((grey_HW + 128) // 257).astype(np.uint8))
-    if image.has_transparency_data:
-        rgba = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)
-    image = image.convert("RGB")
+    image = upright_rgb(data)
     if image.size != (size, size):
         to_size = ImageOps.fit if resize == "crop" else Image.Image.resize
         image = to_size(image, (size, size), Image.Resampling.BICUBIC)
     return np.asarray(image)
+
+
+def upright_rgb(data: bytes) -> Image.Image:
+    """Encoded image in RGB: transparency on white, 16 bits scaled to 8, first frame, upright by its EXIF.
+
+    Raises what Pillow raises for damaged bytes and wrong checksums, and `ValueError` for other formats than
+    `FORMATS`, images above Pillow's pixel limit, missing parts and colours, and pixels without a range.
+    """
+    with _opened(data) as image:
+        _check_claims(image, data)
+        depth = image.tile[0][3] if image.tile else ""  # as "L;4"; loading empties the list
+        image.load()
+        ImageOps.exif_transpose(image, in_place=True)
+    _require_palette(image)
+    image = _in_8_bits(image, depth)
+    if image.has_transparency_data:
+        rgba = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)
+    return image if image.mode == "RGB" else image.convert("RGB")  # which would copy it
+
+
+def _opened(data: bytes) -> Image.Image:
+    if not data:
+        raise ValueError("the file is empty")
+    try:
+        return Image.open(io.BytesIO(data), formats=FORMATS)
+    except UnidentifiedImageError:
+        raise ValueError(f"no image in one of the formats {', '.join(FORMATS)}") from None
+
+
+def _check_claims(image: Image.Image, data: bytes) -> None:
+    """Raise `ValueError` for an image that is not loaded yet and whose loading would not end, or lack parts.
+
+    Raises Pillow's errors for a PNG with a wrong checksum.
+    """
+    pixels, limit = image.width * image.height, Image.MAX_IMAGE_PIXELS
+    if limit is not None and pixels > limit:
+        raise ValueError(f"{image.width}x{image.height} pixels exceed the limit of {limit:,}")
+    if image.format in ("JPEG", "MPO"):
+        n_scans = data.count(b"\xff\xda")
+        if n_scans * pixels > MAX_PIXEL_SCANS:
+            raise ValueError(f"{n_scans:,} scans of {image.width}x{image.height} pixels would take minutes")
+    if image.format == "PNG":
+        _opened(data).verify()  # loading skips the checksums of the pixels
+    if image.format == "TIFF":  # what no strip covers would be black
+        parts = {tuple(tile[1]) for tile in image.tile}
+        if sum((right - left) * (low - top) for left, top, right, low in parts) < pixels:
+            raise ValueError(f"strips for a part of the {image.width}x{image.height} pixels alone")
+
+
+def _require_palette(image: Image.Image) -> None:
+    """Raise `ValueError` where pixels number colours that the file lacks: Pillow paints them black.
+
+    A GIF's transparent pixels may do so.
+    """
+    if image.mode == "P" and image.format != "GIF":
+        n_colours = len(image.getpalette() or []) // 3
+        if image.getextrema()[1] >= n_colours:
+            raise ValueError(f"pixels outside the palette of {n_colours} colours")
+
+
+def _in_8_bits(image: Image.Image, depth: str | tuple) -> Image.Image:
+    """The image with at most 8 bits a channel. `depth`: how the file holds a pixel, in Pillow's words."""
+    key = image.info.get("transparency")  # as the file has it, while 2 and 4 bits come scaled to 8
+    if depth in ("L;2", "L;4") and key is not None:
+        image.info["transparency"] = key * {"L;2": 85, "L;4": 17}[depth]
+    if depth == "RGB;16B" and key is not None:
+        raise ValueError("a transparent colour of 16 bits is not read")
+    if image.mode != "F" and not image.mode.startswith("I"):
+        return image
+    tags = image.tag_v2 if image.format == "TIFF" else {}
+    if image.mode == "F" or (tags and (image.mode == "I" or tags.get(258) != (16,))):
+        raise ValueError("only pixels of 8 or 16 bits, without a sign or a floating point, have a range")
+    grey_HW = np.asarray(image).astype(np.int64)
+    if tags.get(262) == 0:  # white is zero
+        grey_HW = 65535 - grey_HW
+    if key is not None:
+        grey_HW[grey_HW == key] = 65535
+    return Image.fromarray(((grey_HW + 128) // 257).astype(np.uint8))
 
 
 def _load_if_whole(path: Path) -> Store | None:
@@ -214,7 +281,7 @@ def _decode_all(
             except SetupError:
                 raise  # the source itself cannot be read, not this one image
             except Exception as error:  # Pillow's plugins raise nearly everything on crafted bytes
-                bad[i] = f"{type(error).__name__}: {str(error)[:120]}"
+                bad[i] = f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
                 continue
             images[i] = pixels_HWC.transpose(2, 0, 1)
             digests_N[i] = int.from_bytes(hashlib.sha256(pixels_HWC.tobytes()).digest()[:8], "big")
@@ -223,13 +290,23 @@ def _decode_all(
     # Pillow releases the GIL while it decodes and resizes, so threads use every core.
     pool = ThreadPoolExecutor(os.cpu_count())
     try:
-        with tqdm(total=len(examples), desc=f"decode {name}", unit="img") as bar:
+        with _whole_images_alone(), tqdm(total=len(examples), desc=f"decode {name}", unit="img") as bar:
             for n in pool.map(work, range(0, len(examples), CHUNK)):
                 bar.update(n)
     finally:
         pool.shutdown(cancel_futures=True)
     images.flush()
     return digests_N, bad
+
+
+@contextmanager
+def _whole_images_alone() -> Iterator[None]:
+    """Images that are cut short are refused, whatever other code has asked of Pillow."""
+    before, ImageFile.LOAD_TRUNCATED_IMAGES = ImageFile.LOAD_TRUNCATED_IMAGES, False
+    try:
+        yield
+    finally:
+        ImageFile.LOAD_TRUNCATED_IMAGES = before
 
 
 def _keep_rows(file: Path, keep: np.ndarray) -> None:

@@ -7,7 +7,6 @@ reaches training.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -42,7 +41,7 @@ from src.data.sources.tiny_imagenet import (
     parse_annotations,
     shards,
 )
-from src.data.sources.trees import IMAGE_SUFFIXES, has_class_folders, is_hidden, subfolders
+from src.data.sources.trees import IMAGE_SUFFIXES, has_class_folders, subfolders, visible
 
 __all__ = [
     "AIRCRAFT_COUNTS",
@@ -124,7 +123,7 @@ def open_local(path: Path) -> Source:
         return ImageFolder(path)
     if study := _study_in(subfolders(path), counts):
         return study
-    found = sorted(entry.name for entry in os.scandir(path) if not is_hidden(entry.name))
+    found = [entry.name for entry in visible(path)]
     raise SetupError(
         f"{path} has no layout that is known. Looked for: train-*.parquet and valid-*.parquet (here or in "
         "data/); wnids.txt, train/ and val/ (tiny-imagenet-200, here or in a folder of that name); "

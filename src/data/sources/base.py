@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -88,6 +89,11 @@ def check_same(what: str, sets: Mapping[str, Iterable[str]], place: Path, remedy
 def some(names: Sequence[str], n: int = 10) -> str:
     """The first `n` names, and how many more there are."""
     return ", ".join(names[:n]) + (f" and {len(names) - n} more" if len(names) > n else "")
+
+
+def name_of(folder: Path) -> str:
+    """A short name for what is in `folder`, fit for a file's: small letters, digits and dashes."""
+    return re.sub(r"[^a-z0-9]+", "-", folder.resolve().name.lower()).strip("-")[:40] or "images"
 
 
 def digest_of(*parts: object) -> str:

@@ -83,10 +83,13 @@ class Listed:
         return SetupError(f"{self.tree.root}: {problem}. {self.remedy}")
 
     def text(self, name: str) -> str:
-        """Content of one of the data set's own files. Raises `SetupError` where it is missing."""
+        """Content of one of the data set's own files. Raises `SetupError` where there is none."""
         if name not in self.tree.files:
             raise self.error(f"there is no {name}")
-        return self.tree.read(name).decode("utf-8-sig", errors="replace")
+        try:
+            return self.tree.read(name).decode("utf-8-sig", errors="replace")
+        except (OSError, ValueError) as error:  # a link that leads nowhere, a file without end
+            raise self.error(f"{name} cannot be read ({error})") from error
 
     def pairs(self, name: str) -> dict[str, str]:
         """`parse_pairs` of a file."""

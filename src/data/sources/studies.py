@@ -165,10 +165,9 @@ class FgvcAircraft(Listed):
 
     def read(self, image: str) -> bytes:
         """The picture above the banner, uncompressed: the bytes live only until they are decoded."""
-        from PIL import Image, ImageOps
+        from src.data.store import upright_rgb  # which needs this package
 
-        with Image.open(io.BytesIO(self.tree.read(image))) as opened:
-            whole = ImageOps.exif_transpose(opened).convert("RGB")
+        whole = upright_rgb(self.tree.read(image))
         if whole.height <= BANNER:
             raise ValueError(f"{whole.height} pixels high, of which {BANNER} are a banner")
         buffer = io.BytesIO()

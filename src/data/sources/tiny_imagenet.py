@@ -22,6 +22,7 @@ from src.data.sources.base import (
     stat_of,
 )
 from src.data.sources.trees import FolderTree, check_size, is_hidden, is_image
+from src.files import hub_sha256, sha256
 
 HUB_REPO = "zh-plus/tiny-imagenet"
 HUB_REVISION = "5a77092c28e51558c5586e9c5eb71a7e17a5e43f"
@@ -97,6 +98,7 @@ class ParquetFolder:
                 if _class_label_names(file) != self.schema_names:
                     first = self.files["train"][0].name
                     raise SetupError(f"{file} numbers its classes unlike {first}. {TINY_REMEDY}")
+                _require_columns(file)
                 shard = _Shard(file)
                 for i, code in enumerate(shard.labels()):
                     if code is None or not 0 <= code < len(self.schema_names):
@@ -124,7 +126,7 @@ class HubTinyImageNet(ParquetFolder):
         from huggingface_hub import snapshot_download
 
         try:
-            return Path(
+            folder = Path(
                 snapshot_download(
                     HUB_REPO, repo_type="dataset", revision=HUB_REVISION, allow_patterns="data/*.parquet"
                 )
@@ -136,6 +138,14 @@ class HubTinyImageNet(ParquetFolder):
                 "Anonymous use is rate limited: set HF_TOKEN, or wait and try again. Without a network, set "
                 "HF_HUB_OFFLINE=1 with a filled cache, or pass `--data DIR` with a local copy."
             ) from error
+        files = sorted(folder.glob("data/*.parquet"))  # of which the client itself compares sizes alone
+        if damaged := [file for file in files if hub_sha256(file) not in ("", sha256(file))]:
+            places = ", ".join(str(file.resolve()) for file in damaged)
+            raise SetupError(
+                f"{HUB_REPO}@{HUB_REVISION[:8]}: the SHA-256 of {some([file.name for file in damaged])} "
+                f"is not the hub's. Delete {places} and run again."
+            )
+        return folder
 
 
 class _Shard:
@@ -170,22 +180,52 @@ def _read_column(file: Path, column: str):
         raise SetupError(f"{file}: column {column!r} cannot be read: {error}. {TINY_REMEDY}") from error
 
 
-def _class_label_names(file: Path) -> list[str]:
-    """Names of ClassLabel `label` in the `huggingface` metadata, in any of its spellings."""
+def _schema(file: Path):
     import pyarrow
     import pyarrow.parquet
 
     try:
-        metadata = json.loads((pyarrow.parquet.read_schema(file).metadata or {}).get(b"huggingface", b"{}"))
-    except (pyarrow.ArrowException, OSError, ValueError) as error:
+        return pyarrow.parquet.read_schema(file)
+    except (pyarrow.ArrowException, OSError) as error:
         raise SetupError(f"{file} cannot be read as parquet: {error}. {TINY_REMEDY}") from error
-    feature = metadata.get("info", metadata).get("features", metadata).get("label", {})
-    names = feature.get("class_label", feature).get("names", [])
-    if isinstance(names, dict):  # {"0": ..., "1": ...}
-        names = [names[key] for key in sorted(names, key=int)]
-    if not names or len(set(names)) != len(names):
+
+
+def _require_columns(file: Path) -> None:
+    """Raise `SetupError` unless `label` is an integer and `image` has encoded `bytes`."""
+    from pyarrow import types
+
+    found = {column.name: column.type for column in _schema(file)}
+    label, image = found.get("label"), found.get("image")
+    is_label = label is not None and types.is_integer(label)
+    is_image = image is not None and types.is_struct(image) and image.get_field_index("bytes") >= 0
+    if is_image:
+        encoded = image.field(image.get_field_index("bytes")).type
+        is_image = types.is_binary(encoded) or types.is_large_binary(encoded)
+    if not (is_label and is_image):
+        columns = ", ".join(f"{name}: {kind}" for name, kind in found.items())
         raise SetupError(
-            f"{file}: the schema's `huggingface` metadata has no ClassLabel names for `label`, or one twice."
+            f"{file} needs the columns image: struct<bytes: binary, ...> and label: int64, "
+            f"but has {columns or 'none'}. {TINY_REMEDY}"
+        )
+
+
+def _class_label_names(file: Path) -> list[str]:
+    """Names of ClassLabel `label` in the `huggingface` metadata, in any of its spellings."""
+    names = None
+    try:
+        metadata = json.loads((_schema(file).metadata or {}).get(b"huggingface", b"{}"))
+        feature = metadata.get("info", metadata).get("features", metadata).get("label", {})
+        names = feature.get("class_label", feature).get("names", [])
+        if isinstance(names, dict):  # {"0": ..., "1": ...}
+            names = [names[key] for key in sorted(names, key=int)]
+        good = isinstance(names, list) and all(isinstance(name, str) for name in names)
+        good = good and 0 < len(names) == len(set(names))
+    except (ValueError, AttributeError, TypeError):  # JSON of another form
+        good = False
+    if not good:
+        raise SetupError(
+            f"{file}: the schema's `huggingface` metadata has no ClassLabel names for `label`, or one twice. "
+            f"{TINY_REMEDY}"
         )
     return names
 
@@ -206,21 +246,28 @@ class ZipTree:
         self.root, self.lock = Path(path), threading.Lock()
         try:
             self.zip = zipfile.ZipFile(path)
-        except (zipfile.BadZipFile, OSError) as error:
+        except Exception as error:  # zipfile raises nearly everything on damaged bytes
             raise SetupError(f"{path} cannot be read as a zip file: {error}. {TINY_REMEDY}") from error
         names = self.zip.namelist()
+        if twice := sorted(name for name, n in Counter(names).items() if n > 1 and not name.endswith("/")):
+            raise SetupError(f"{path} holds {len(twice)} files twice: {some(twice)}. {TINY_REMEDY}")
+        if locked := [info.filename for info in self.zip.infolist() if info.flag_bits & 1]:
+            raise SetupError(f"{path} holds {len(locked)} encrypted files: {some(locked)}. {TINY_REMEDY}")
         marker = min((n for n in names if re.search(r"(^|/)wnids\.txt$", n)), key=len, default=None)
         if marker is None:
             raise SetupError(f"{path} holds no wnids.txt, so it is not tiny-imagenet-200. {TINY_REMEDY}")
         self.prefix = marker.removesuffix("wnids.txt")
-        inside = (n.removeprefix(self.prefix) for n in names if n.startswith(self.prefix) and n[-1] != "/")
+        inside = (
+            n.removeprefix(self.prefix) for n in names if n.startswith(self.prefix) and not n.endswith("/")
+        )
         self.files = dict.fromkeys(sorted(n for n in inside if not any(map(is_hidden, n.split("/")))))
 
     def read(self, name: str) -> bytes:
         with self.lock:  # ZipFile counts its open members without a lock of its own
             info = self.zip.getinfo(self.prefix + name)
             check_size(info.file_size)
-            return self.zip.read(info)
+            with self.zip.open(info) as member:  # `ZipFile.read` would unpack up to 2 GB of a small claim
+                return member.read(info.file_size + 1)
 
 
 class _TinyImageNetTree:
@@ -262,7 +309,8 @@ class _TinyImageNetTree:
 
     def _valid_wnids(self) -> dict[str, str]:
         file = "val/val_annotations.txt"
-        wnids = {f"val/images/{n}": w for n, w in parse_annotations(self._text(file), file).items()}
+        place = f"{self.tree.root / file}"
+        wnids = {f"val/images/{n}": w for n, w in parse_annotations(self._text(file), place).items()}
         images = [n for n in self.tree.files if n.startswith("val/images/") and is_image(n)]
         check_same("images", {file: wnids, "val/images/": images}, self.tree.root, TINY_REMEDY)
         return wnids
@@ -270,7 +318,13 @@ class _TinyImageNetTree:
     def _text(self, name: str) -> str:
         if name not in self.tree.files:
             raise SetupError(f"{self.tree.root} has no {name}. {TINY_REMEDY}")
-        return self.tree.read(name).decode("utf-8", errors="replace")
+        try:
+            return self.tree.read(name).decode("utf-8", errors="replace")
+        except Exception as error:  # zipfile raises nearly everything on damaged bytes
+            place = f"{self.tree.root}: {name}"
+            raise SetupError(
+                f"{place} cannot be read ({type(error).__name__}: {error}). {TINY_REMEDY}"
+            ) from error
 
 
 class TinyImageNetFolder(_TinyImageNetTree):
