@@ -30,7 +30,7 @@ from src.evaluate import (
     write_predictions,
 )
 from src.experiment import Paths, Setup, claim_run_folder, finished_run, prepare, require_writable
-from src.files import write_json
+from src.files import read_array, write_json
 
 ENSEMBLE = "ensemble"  # its name among its members'
 
@@ -102,12 +102,11 @@ def shapes_of(setup: Setup) -> dict[str, tuple[int, int]]:
 
 def read_logits(path: Path, shape: tuple[int, int]) -> np.ndarray:
     """The logits (N,K) that a run left. Raises `SetupError` for a damaged file."""
-    try:
-        logits_NK = np.load(path)
-        if logits_NK.shape != shape:
-            raise ValueError(f"its shape is {logits_NK.shape}, not {shape}")
-    except (OSError, ValueError, EOFError) as error:
-        raise SetupError(f"{path} is damaged ({error}). Delete it and run again.") from None
+    logits_NK = read_array(path)
+    if logits_NK.shape != shape:
+        raise SetupError(
+            f"{path} is damaged (its shape is {logits_NK.shape}, not {shape}). Delete it and run again."
+        )
     return logits_NK
 
 

@@ -36,7 +36,7 @@ from src.data.splits import Splits, make_splits
 from src.data.store import Store, open_store
 from src.data.subsets import part_of
 from src.device import Device, choose_device, git_commit, peak_memory_gb, set_up_process, versions
-from src.files import read_json, sha256, write_array, write_atomically, write_json
+from src.files import read_array, read_json, sha256, write_array, write_atomically, write_json
 from src.model.build import Built, Classifier, build_model, gmacs, start_classifier
 from src.predict import cached_features
 from src.train import FitData, Progress, fit
@@ -172,7 +172,7 @@ def is_finished(folder: Path) -> bool:
 def saved_logits(setup: Setup, split: str) -> tuple[np.ndarray, np.ndarray]:
     """What a finished run said of `holdout` or `valid`: logits_NK, and the labels_N of the same images."""
     rows_N = {"holdout": setup.splits.holdout_N, "valid": setup.splits.valid_N}[split]
-    return np.load(setup.run_folder / f"{split}_logits.npy"), setup.store.labels_N[rows_N]
+    return read_array(setup.run_folder / f"{split}_logits.npy"), setup.store.labels_N[rows_N]
 
 
 def finished_run(config: Config, paths: Paths) -> Path:

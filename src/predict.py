@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 from src import processes
 from src.data.batches import Batches
 from src.device import Device, halving
-from src.files import read_json, write_array, write_json
+from src.files import read_array, read_json, write_array, write_json
 
 
 def one_pass(
@@ -83,4 +83,4 @@ def cached_features(
             write_array(path, features)
             write_json(note, {**identity, "shape": list(features.shape), "seconds": round(seconds, 3)})
         processes.wait_for_all()
-    return np.load(path, mmap_mode="c"), read_json(note)["seconds"]
+    return read_array(path, mapped=True), read_json(note)["seconds"]

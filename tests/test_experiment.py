@@ -188,6 +188,19 @@ def test_the_calibrated_confidence_is_of_a_temperature_fitted_on_holdout(both_ar
     np.testing.assert_allclose(table["Calibrated_Confidence"], expected, atol=1e-5)
 
 
+def test_the_temperature_is_holdout_s_where_valid_has_another(pets, weights, tmp_path):
+    """One of n answers is wrong, all are as sure: at the best temperature with odds of n - 1 to 1."""
+    setup = trained(own(pets, weights, train__epochs=1), tmp_path)
+    for split, sure in (("holdout", 3.0), ("valid", 12.0)):
+        _, labels_N = experiment.saved_logits(setup, split)
+        logits_NK = sure * np.eye(2)[labels_N]
+        logits_NK[0] = logits_NK[0, ::-1]
+        np.save(setup.run_folder / f"{split}_logits.npy", logits_NK)
+    n = len(setup.splits.holdout_N)
+    found = experiment.write_results(setup).metrics["calibration_temperature"]
+    assert found == pytest.approx(3 / np.log(n - 1), rel=1e-3)
+
+
 def test_under_the_published_protocol_nothing_is_left_to_fit_a_temperature_on(pets, weights, tmp_path):
     result = run(own(pets, weights, data__protocol="published"), paths(tmp_path))
     assert "Calibrated_Confidence" not in result.predictions

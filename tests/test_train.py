@@ -21,6 +21,7 @@ from src import SetupError, checkpoint, train
 from src.average import copied
 from src.config import AugmentConfig, with_fields
 from src.data.batches import Batches
+from src.optim import lr_at
 from src.predict import loss_and_accuracy
 from src.train import FitData, Trainer, best_epoch, fit
 
@@ -771,6 +772,19 @@ def test_a_resume_needs_the_averages_of_the_checkpoint(tmp_path, monkeypatch, ev
     monkeypatch.setattr(Trainer, "restore", forgetful)
     _, _, soup = run_with_soup(tmp_path, EVERYTHING)
     assert not same_state(soup, everything(tiny.CONVNEXT)[2])
+
+
+def test_every_step_has_the_rate_of_its_place_in_all_of_the_training(tmp_path, monkeypatch):
+    """The schedule runs over the epochs, and goes on where a run was cut off."""
+    rates, set_rates = [], train.set_lr
+    monkeypatch.setattr(train, "set_lr", lambda *both: rates.append(both[1]) or set_rates(*both))
+    config = tiny.config(**PLAIN, optim__warmup_fraction=0.4, train__epochs=3)
+    with monkeypatch.context() as patch:
+        kill_after(patch, "end_epoch", 1)
+        with pytest.raises(Killed):
+            run(tmp_path, config)
+    run(tmp_path, config)
+    assert rates == [lr_at(step, 9, config.optim) for step in range(9)] and len(set(rates)) > 5
 
 
 def test_a_damaged_checkpoint_costs_time_only(tmp_path, monkeypatch, uninterrupted):

@@ -144,6 +144,28 @@ def test_memory_that_runs_out_changes_no_gradient(limit, tmp_path, tally):
             torch.testing.assert_close(*states, rtol=1e-4, atol=2e-5)
 
 
+def test_an_attempt_that_fails_half_way_leaves_no_gradient(tmp_path):
+    """Memory runs out at the second of two parts, when the first has its gradient."""
+    rows = []
+    for fails in (False, True):
+        folder = tmp_path / str(fails)
+        folder.mkdir()
+        trainer = ready(folder, 4, optim__clip_norm=0.0, model__dropout=0.0)
+        trainer.model.train()
+        forward, seen = trainer.forward, []
+
+        def second_fails(inputs, forward=forward, seen=seen, fails=fails):
+            seen.append(len(inputs))
+            if fails and len(seen) == 2:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+            return forward(inputs)
+
+        trainer.forward = second_fails
+        rows.append(trainer.train_step(*next(trainer.data.fit.epoch(0, 0))))
+    assert seen == [4, 4, 2, 2, 2, 2]
+    torch.testing.assert_close(*rows, rtol=1e-5, atol=1e-5)  # the gradient's norm among them
+
+
 def test_what_was_halved_stays_so_after_a_resume(tmp_path):
     trainer = ready(tmp_path, train__epochs=1)
     trainer.forward = runs_out(2, [])(trainer.forward)
