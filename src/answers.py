@@ -34,8 +34,9 @@ from src.data.sources.trees import (
     version,
 )
 from src.data.store import Store, open_store
-from src.experiment import Paths, Setup, finished_run, require_writable, run, shown
+from src.experiment import Setup, finished_run, run
 from src.files import read_json, write_csv
+from src.folders import Paths, require_writable, shown
 
 SUBMISSION = "submission.csv"
 # Columns of the three likeliest classes: id, name, confidence.

@@ -35,9 +35,10 @@ from src.data.batches import Batches
 from src.data.splits import Splits
 from src.data.store import Store
 from src.evaluate import accuracy, read_predictions
-from src.experiment import Paths, Setup, frozen_features, prepare
+from src.experiment import Setup, frozen_features, prepare
 from src.figures.audit import Cell, copies_figure
 from src.files import write_json
+from src.folders import Paths
 from src.model.build import NoRowsError
 from src.predict import one_pass
 from src.report import footer, save, write_csv

@@ -31,8 +31,9 @@ from src import SetupError, processes
 from src import config as configs
 from src.config import Config
 from src.data.splits import make_splits
-from src.experiment import DATA_VARIABLE, Paths, Result, configure, finished_run, open_data, run, shown
+from src.experiment import DATA_VARIABLE, Result, configure, finished_run, open_data, run
 from src.files import read_json
+from src.folders import Paths, shown
 
 
 def obey(args: argparse.Namespace) -> str:

@@ -29,8 +29,9 @@ from src.evaluate import (
     with_calibrated_confidence,
     write_predictions,
 )
-from src.experiment import Paths, Setup, claim_run_folder, finished_run, prepare, require_writable
+from src.experiment import Setup, claim_run_folder, finished_run, prepare
 from src.files import read_array, write_json
+from src.folders import Paths, require_writable
 
 ENSEMBLE = "ensemble"  # its name among its members'
 

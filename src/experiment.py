@@ -12,18 +12,15 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import filelock
 import numpy as np
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from tqdm.auto import tqdm
 
 from src import SetupError, backup, processes
 from src import config as configs
@@ -37,6 +34,7 @@ from src.data.store import Store, open_store
 from src.data.subsets import part_of
 from src.device import Device, choose_device, git_commit, peak_memory_gb, set_up_process, versions
 from src.files import read_array, read_json, sha256, write_array, write_atomically, write_json
+from src.folders import Paths, alone_in, require_writable, shown
 from src.model.build import Built, Classifier, build_model, gmacs, start_classifier
 from src.predict import cached_features
 from src.train import FitData, Progress, fit
@@ -48,35 +46,6 @@ if TYPE_CHECKING:
 DATA_VARIABLE = "TINY_IMAGENET_DIR"
 # What a run leaves.
 FINISHED = ("model.safetensors", "facts.json", "history.json", "holdout_logits.npy", "valid_logits.npy")
-
-
-@dataclass(frozen=True)
-class Paths:
-    """Where a run reads and writes: what people read, what it works on, what can be made again.
-
-    `backup`: a drive that gets snapshots of what the run works on.
-    """
-
-    results: Path
-    runs: Path
-    cache: Path
-    backup: Path | None = None
-
-    @classmethod
-    def of(cls, profile: str, results: str = "", runs: str = "", cache: str = "", backup: str = "") -> Paths:
-        """Given folders, or the defaults in the checkout: `quick` never overwrites real results."""
-        root = Path(__file__).resolve().parent.parent
-        default_results = root / "results" / "quick" if profile == "quick" else root / "results"
-        return cls(
-            Path(results or default_results),
-            Path(runs or root / "runs"),
-            Path(cache or root / "cache"),
-            Path(backup) if backup else None,
-        )
-
-    def results_of(self, arm: str) -> Path:
-        """The folder of what people read about an arm."""
-        return self.results / (f"studies/{arm}" if arm in configs.STUDY_ARMS else arm.capitalize())
 
 
 @dataclass(frozen=True)
@@ -220,25 +189,6 @@ def train_and_predict(setup: Setup) -> None:
     """
     with alone_in(setup.run_folder) if processes.is_main() else nullcontext():
         _train_and_predict(setup)
-
-
-@contextmanager
-def alone_in(folder: Path) -> Iterator[None]:
-    """Hold the folder's lock; `SetupError` where another process does. Some network drives know no locks."""
-    lock = filelock.FileLock(folder / ".lock", timeout=0)
-    try:
-        lock.acquire()
-    except filelock.Timeout:
-        raise SetupError(
-            f"another process is at work on the run in {folder}. Wait until it has ended, or pass another "
-            "folder with --runs DIR."
-        ) from None
-    except (NotImplementedError, OSError) as error:
-        tqdm.write(f"{shown(folder)} cannot be locked ({error}): start no second run on it")
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 def _train_and_predict(setup: Setup) -> None:
@@ -454,26 +404,6 @@ def class_counts_of(setup: Setup) -> Figure:
     counts_K = np.bincount(labels_N, minlength=len(store.wnids))
     about = {"data": store.manifest["source"], "protocol": config.data.protocol}
     return class_counts(counts_K, store.class_names, config.arm.capitalize(), footer(about))
-
-
-def require_writable(folder: Path) -> None:
-    """Make `folder` and try to write into it."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / f".{os.getpid()}.partial"
-        probe.write_bytes(b"x")
-        probe.unlink()
-    except OSError as error:
-        raise SetupError(
-            f"folder {folder} cannot be written to ({error.strerror}). "
-            "Choose another with --results, --runs, --cache or --backup."
-        ) from None
-
-
-def shown(path: Path) -> str:
-    """A path as people read it: relative to the working directory where that is shorter."""
-    relative = os.path.relpath(path)
-    return str(path) if relative.startswith("..") else relative
 
 
 def configure(

@@ -15,16 +15,9 @@ import pandas as pd
 from src import SetupError
 from src.config import Config, with_fields
 from src.evaluate import accuracy
-from src.experiment import (
-    Paths,
-    claim_run_folder,
-    is_finished,
-    prepare,
-    require_writable,
-    saved_logits,
-    train_and_predict,
-)
+from src.experiment import claim_run_folder, is_finished, prepare, saved_logits, train_and_predict
 from src.files import read_json, write_json
+from src.folders import Paths, require_writable
 from src.predict import loss_and_accuracy
 from src.report import rounded, write_csv
 

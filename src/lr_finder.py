@@ -18,7 +18,8 @@ import pandas as pd
 
 from src import SetupError
 from src.config import Config, with_fields
-from src.experiment import Paths, make_batches, prepare, require_writable, start_from_probe
+from src.experiment import make_batches, prepare, start_from_probe
+from src.folders import Paths, require_writable
 from src.predict import image_bar
 from src.train import Trainer
 

@@ -17,9 +17,10 @@ from src import SetupError
 from src.answers import write_answers
 from src.data.augment import augment
 from src.evaluate import per_class
-from src.experiment import Paths, Result, Setup, class_counts_of, configure, finished_run, run
+from src.experiment import Result, Setup, class_counts_of, configure, finished_run, run
 from src.explain import write_explanations
 from src.files import read_json
+from src.folders import Paths
 from src.strangers import in_words, write_strangers
 from src.studies import STUDIES, reported
 

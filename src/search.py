@@ -21,9 +21,10 @@ from tqdm.auto import tqdm
 from src import SetupError
 from src.config import Config, field_names, get, preset, with_fields
 from src.data.batches import derived_seed
-from src.experiment import Paths, Setup, prepare, require_writable, saved_logits, train_and_predict
+from src.experiment import Setup, prepare, saved_logits, train_and_predict
 from src.figures import search_figure
 from src.files import read_json, write_json
+from src.folders import Paths, require_writable
 from src.predict import loss_and_accuracy
 from src.report import footer, save, write_csv
 from src.studies.run import config_key

@@ -15,8 +15,9 @@ from src import SetupError
 from src.after import Predictor, measure_statistics
 from src.average import load, mean
 from src.config import Config, with_fields
-from src.experiment import Paths, claim_run_folder, finished_run, make_batches, prepare, require_writable
+from src.experiment import claim_run_folder, finished_run, make_batches, prepare
 from src.files import write_json
+from src.folders import Paths, require_writable
 from src.predict import loss_and_accuracy
 
 

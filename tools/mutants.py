@@ -577,7 +577,7 @@ MUTANTS = (
     # ------------------------------------------------------------------- a run's folder, and processes
     Mutant(
         "the lock of a run's folder is not taken",
-        "src/experiment.py",
+        "src/folders.py",
         "        lock.acquire()\n",
         "        lock.lock_file\n",
         ("tests/test_experiment.py::test_two_processes_do_not_work_on_one_run",),

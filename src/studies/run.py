@@ -23,17 +23,9 @@ from src import SetupError
 from src import config as configs
 from src.config import AfterConfig, Config
 from src.evaluate import calibration_error
-from src.experiment import (
-    Paths,
-    configure,
-    open_data,
-    prepare,
-    recorded_config,
-    require_writable,
-    saved_logits,
-    train_and_predict,
-)
+from src.experiment import configure, open_data, prepare, recorded_config, saved_logits, train_and_predict
 from src.files import read_json
+from src.folders import Paths, require_writable
 from src.predict import loss_and_accuracy
 from src.studies.study import SEEDS, Row, Study, Times
 from src.studies.table import add_record, read_table, write_summary, write_table

@@ -13,7 +13,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from src.embedded import export, tag_of
-from src.experiment import Paths, configure, run
+from src.experiment import configure, run
+from src.folders import Paths
 from src.studies.run import Plan, run_study
 from src.studies.study import Row, Study
 
