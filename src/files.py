@@ -2,32 +2,58 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import hashlib
 import json
 import os
+import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from safetensors import SafetensorError
+
+from src import SetupError
 
 if TYPE_CHECKING:
     import pandas as pd
 
 
 def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
-    """`write` beside `path`, flush to the disk, then move into place: readers see the old or the new."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """`write` beside `path`, flush to the disk, then move into place: readers see the old or the new.
+
+    Raises `SetupError` where that fails, as on a full disk; what is at `path` then stays.
+    """
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         write(partial)
         flush(partial)
         os.replace(partial, path)
+        if os.name == "posix":  # the new name must reach the disk, too
+            flush(path.parent)
+    except (OSError, RuntimeError, SafetensorError) as error:  # the latter two from torch and safetensors
+        raise _cannot_write(path, error) from error
     finally:
-        partial.unlink(missing_ok=True)
-    if os.name == "posix":  # the new name must reach the disk, too
-        flush(path.parent)
+        with contextlib.suppress(OSError):  # a read-only disk
+            partial.unlink(missing_ok=True)
+
+
+def _cannot_write(path: Path, error: Exception) -> SetupError:
+    """What a user reads; libraries' own errors often hide a full disk, so its free space is named as well."""
+    reason = str(error).partition("\n")[0] or type(error).__name__
+    for known in (error.__context__, error):
+        reason = getattr(known, "strerror", None) or reason
+    room = ""
+    with contextlib.suppress(OSError):
+        room = f"; {shutil.disk_usage(path.parent).free / 1e6:,.1f} MB are free there"
+    return SetupError(
+        f"{path} cannot be written ({reason}{room}). Make room and give the same command again, or choose "
+        "another folder with --results, --runs or --cache. What was there before is untouched."
+    )
 
 
 def flush(path: Path) -> None:
@@ -43,6 +69,12 @@ def sha256(path: Path) -> str:
     """SHA-256 of a file's content, in hexadecimal."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def hub_sha256(path: Path) -> str:
+    """SHA-256 by which the Hugging Face cache names the large file that `path` leads to; "" for any other."""
+    name = path.resolve().name
+    return name if re.fullmatch("[0-9a-f]{64}", name) else ""
 
 
 def write_json(path: Path, data: object) -> None:
@@ -77,3 +109,15 @@ def write_array(path: Path, array: np.ndarray) -> None:
             np.save(file, array)
 
     write_atomically(path, write)
+
+
+def read_array(path: Path, mapped: bool = False) -> np.ndarray:
+    """What `write_array` wrote; `mapped`: left on the disk. Raises `SetupError` for anything else."""
+    try:
+        array = np.load(path, mmap_mode="c" if mapped else None, allow_pickle=False)
+        if not isinstance(array, np.ndarray):
+            raise ValueError("an archive, not an array")
+    except Exception as error:  # foreign bytes fail in any of numpy's, zipfile's and tokenize's ways
+        reason = f"{type(error).__name__}: {str(error)[:200]}"
+        raise SetupError(f"{path} is damaged ({reason}). Delete it and run again.") from error
+    return array

@@ -116,7 +116,16 @@ class Trainer:
         self.saved_at = time.monotonic()
         if not processes.is_main():
             return
-        payload = {
+        per_epoch = len(self.data.fit) + 1  # an epoch's end has a number of its own
+        number = self.progress.epoch * per_epoch + self.progress.step
+        checkpoint.save(self.folder, number, self.payload())
+        if time.monotonic() - self.backed_up_at > SECONDS_BETWEEN_BACKUPS:
+            self.after_save()
+            self.backed_up_at = time.monotonic()
+
+    def payload(self) -> dict:
+        """What a checkpoint keeps."""
+        return {
             "progress": asdict(self.progress),
             "model": self.model.learned_state(),
             "best": self.best_state,
@@ -124,24 +133,41 @@ class Trainer:
             "scaler": self.accelerator.scaler.state_dict() if self.accelerator.scaler else {},
             "averages": {name: average.payload() for name, average in self.averages.items()},
         }
-        step = self.progress.epoch * len(self.data.fit) + self.progress.step
-        checkpoint.save(self.folder, step, payload)
-        if time.monotonic() - self.backed_up_at > SECONDS_BETWEEN_BACKUPS:
-            self.after_save()
-            self.backed_up_at = time.monotonic()
 
     def restore(self, payload: dict) -> None:
-        """Go back to the moment that a checkpoint holds."""
-        self.progress = Progress(**payload["progress"])
+        """Go back to the moment that a checkpoint holds. `SetupError` for one of another kind of run."""
+        try:
+            if odd := checkpoint.difference(self.like(payload), payload, "checkpoint"):
+                raise ValueError(odd)
+            self.progress = Progress(**payload["progress"])
+            self.model.load_state_dict(payload["model"], strict=False)
+            self.optimizer.load_state_dict(payload["optimizer"])
+        except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+            raise SetupError(
+                f"the newest checkpoint in {self.folder} is of another version of this program, or of "
+                f"another model: {str(error)[:300]}. Delete that folder to start anew."
+            ) from error
         self.micro_batch = min(self.micro_batch, self.progress.micro_batch or self.micro_batch)
-        self.model.load_state_dict(payload["model"], strict=False)
         self.best_state = payload["best"]
-        self.optimizer.load_state_dict(payload["optimizer"])
         if self.accelerator.scaler:
             self.accelerator.scaler.load_state_dict(payload["scaler"])
         for name, average in self.averages.items():
             average.restore(payload["averages"][name])
         processes.say(f"resuming at epoch {self.progress.epoch + 1}, step {self.progress.step}")
+
+    def like(self, payload: dict) -> dict:
+        """This moment's payload with what only later ones have, where `payload` is of a later one."""
+        ours = self.payload()
+        if payload.get("best"):
+            ours["best"] = ours["model"]
+        if payload["optimizer"]["state"]:
+            groups = self.optimizer.param_groups
+            parameters = [parameter.detach() for group in groups for parameter in group["params"]]
+            ours["optimizer"]["state"] = {
+                number: {"step": torch.zeros(()), "exp_avg": parameter, "exp_avg_sq": parameter}
+                for number, parameter in enumerate(parameters)
+            }
+        return ours
 
     @property
     def finished(self) -> bool:

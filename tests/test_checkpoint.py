@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import json
 import os
-import pickle
 
 import pytest
 import torch
 
-from src import checkpoint
+from src import SetupError, checkpoint
 from src.checkpoint import load_newest, save
 from src.files import read_json, write_atomically, write_json
 
@@ -60,10 +59,12 @@ def test_damaged_newest_is_named_and_the_one_before_it_used(tmp_path, damage, ca
     assert "checkpoint-000000003.pt is damaged" in said.out + said.err
 
 
-def test_all_damaged_is_none(tmp_path):
+def test_all_damaged_is_none_and_said(tmp_path, capsys):
+    assert load_newest(tmp_path) is None and capsys.readouterr().out == ""
     for path in three(tmp_path).glob("*.pt"):
         flip_a_byte(path)
     assert load_newest(tmp_path) is None
+    assert f"no checkpoint in {tmp_path} is whole: training starts anew" in capsys.readouterr().out
 
 
 def test_a_new_start_after_damage_keeps_what_it_saves(tmp_path):
@@ -71,6 +72,26 @@ def test_a_new_start_after_damage_keeps_what_it_saves(tmp_path):
         flip_a_byte(path)
     save(tmp_path, 1, payload(1))
     assert load_newest(tmp_path)["progress"] == {"epoch": 1}
+
+
+def test_a_damaged_one_is_no_generation(tmp_path):
+    """A run that passed over number 3 has two whole ones again with its first save."""
+    flip_a_byte(three(tmp_path) / "checkpoint-000000003.pt")
+    save(tmp_path, 4, payload(4))
+    assert sorted(path.stem[-1] for path in tmp_path.glob("*.pt")) == ["2", "4"]
+    flip_a_byte(tmp_path / "checkpoint-000000004.pt")
+    assert load_newest(tmp_path)["progress"] == {"epoch": 2}
+
+
+def test_what_people_keep_beside_checkpoints_stays(tmp_path):
+    (tmp_path / "checkpoint-000000001.pt").mkdir()
+    for name in ("checkpoint-before.pt", "checkpoint-000000001.pt/notes", "checkpoint-1.json"):
+        (tmp_path / name).write_text("mine")
+    for step in (2, 3, 4):
+        save(tmp_path, step, payload(step))
+    assert (tmp_path / "checkpoint-000000001.pt" / "notes").exists()
+    assert (tmp_path / "checkpoint-before.pt").exists() and (tmp_path / "checkpoint-1.json").exists()
+    assert load_newest(tmp_path)["progress"] == {"epoch": 4}
 
 
 def test_a_checkpoint_without_manifest_is_not_one(tmp_path):
@@ -86,7 +107,7 @@ def test_a_failing_write_leaves_the_old_file_and_no_partial(tmp_path):
         partial.write_text("half")
         raise OSError("disk full")
 
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(SetupError, match=r"file cannot be written \(disk full; .* MB are free there\)"):
         write_atomically(path, fails)
     assert path.read_text() == "old" and [p.name for p in tmp_path.iterdir()] == ["file"]
 
@@ -95,12 +116,12 @@ def test_a_failing_save_leaves_the_checkpoints_before_it(tmp_path, monkeypatch):
     three(tmp_path)
     before = sorted(path.name for path in tmp_path.iterdir())
 
-    def fails(_, path):
-        path.write_bytes(b"half")
+    def fails(_, file):
+        file.write(b"half")
         raise OSError("disk full")
 
     monkeypatch.setattr(checkpoint.torch, "save", fails)
-    with pytest.raises(OSError):
+    with pytest.raises(SetupError, match="checkpoint-000000004.pt cannot be written"):
         save(tmp_path, 4, payload(4))
     assert sorted(path.name for path in tmp_path.iterdir()) == before
     assert load_newest(tmp_path)["progress"] == {"epoch": 3}
@@ -116,7 +137,8 @@ def test_the_file_is_on_disk_before_it_takes_its_place(tmp_path, monkeypatch):
         os, "replace", lambda a, b: seen.append(("replace", path.read_text())) or replace(a, b)
     )
     write_atomically(path, lambda partial: partial.write_text("new"))
-    assert seen[:2] == ["fsync", ("replace", "old")] and path.read_text() == "new"
+    in_the_folder = ["fsync"] if os.name == "posix" else []  # the new name
+    assert seen == ["fsync", ("replace", "old"), *in_the_folder] and path.read_text() == "new"
 
 
 class Evil:
@@ -127,7 +149,7 @@ class Evil:
 def test_loading_runs_no_code(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     save(tmp_path, 1, {"model": Evil()})
-    with pytest.raises(pickle.UnpicklingError):
+    with pytest.raises(SetupError, match="checkpoint-000000001.pt cannot be loaded"):
         load_newest(tmp_path)
     assert not (tmp_path / "executed").exists()
 

@@ -415,8 +415,8 @@ MUTANTS = (
     Mutant(
         "a resumed run has forgotten the optimizer's moments",
         "src/train.py",
-        '        self.optimizer.load_state_dict(payload["optimizer"])\n',
-        "",
+        'self.optimizer.load_state_dict(payload["optimizer"])\n',
+        "pass\n",
         (f"{CUT_OFF}[end_epoch-1-test_convnext.r160_in1k]",),
     ),
     Mutant(

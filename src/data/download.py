@@ -2,77 +2,213 @@
 
 from __future__ import annotations
 
+import email.utils
 import hashlib
 import http.client
 import os
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import UTC
+from email.message import Message
 from pathlib import Path
 
+import filelock
 from tqdm.auto import tqdm
 
 from src import SetupError
+from src.files import flush
+
+TRANSIENT = (408, 425, 429, 500, 502, 503, 504)  # statuses that may be others after a while
+BLOCK = 2**18
 
 
-def download(url: str, path: Path, size: int, md5: str, attempts: int = 5, pause: float = 1.0) -> None:
+@dataclass(frozen=True)
+class Patience:
+    """When to give up: after so many `attempts` in a row that bring nothing new.
+
+    Seconds: `pause` after a failure, twice as long after each further one; `timeout` without a byte is a
+    failure; a server that asks for more than `longest_wait` is not waited for.
+    """
+
+    attempts: int = 5
+    pause: float = 1.0
+    timeout: float = 60.0
+    longest_wait: float = 120.0
+
+
+PATIENCE = Patience()
+
+
+class WrongAnswer(Exception):
+    """An answer that is not the file, or not the part of it that was asked for."""
+
+
+def download(url: str, path: Path, size: int, md5: str, patience: Patience = PATIENCE) -> None:
     """Fetch `url` to `path`, resuming `<path>.partial`; nothing is at `path` until size and MD5 agree.
 
-    Waits `pause` seconds after a failure, twice as long after each further one.
-    Raises `SetupError` when the file cannot be had or is another one.
+    Processes that ask for the same file at once wait for the one that fetches it. Raises `SetupError` when
+    the file cannot be had or is another one; what came of it is kept for the next call.
     """
-    if path.exists() and path.stat().st_size == size:
+    if _length(path) == size:
         return
     partial = path.with_name(path.name + ".partial")
-    manual = f"Fetch it by hand and pass `--data FILE`, or use `--set data.source=hub`. URL: {url}"
-    reason = ""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        for attempt in range(attempts):
-            time.sleep(pause * 2 ** (attempt - 1) if attempt else 0)
-            try:
-                _fetch(url, partial, size)
-                break
-            except urllib.error.HTTPError as error:
-                reason = f"HTTP {error.code} {error.reason}"
-                if error.code not in (408, 425, 429, 500, 502, 503, 504):
-                    break
-            except (urllib.error.URLError, http.client.HTTPException, ConnectionError, TimeoutError) as error:
-                reason = f"{type(error).__name__}: {error}"
-        have = partial.stat().st_size if partial.exists() else 0
-        if have < size:
-            raise SetupError(
-                f"{path.name}: {have:,} of {size:,} bytes came ({reason}); run again to go on. {manual}"
-            )
-        with partial.open("rb") as file:
-            found = hashlib.file_digest(file, "md5").hexdigest()
-        if have != size or found != md5:
-            partial.unlink()
-            raise SetupError(
-                f"{path.name}: got {have:,} bytes, MD5 {found}; expected {size:,} bytes, MD5 {md5}. "
-                f"The file is removed. {manual}"
-            )
-        os.replace(partial, path)
-    except OSError as error:
-        raise SetupError(f"{path} cannot be written: {error}.") from error
+        with filelock.FileLock(path.with_name(path.name + ".lock")):
+            if _length(path) != size:
+                _collect(url, partial, size, md5, patience)
+                flush(partial)
+                os.replace(partial, path)
+                _tag_file(partial).unlink(missing_ok=True)
+    except (OSError, NotImplementedError) as error:
+        raise SetupError(
+            f"{path} cannot be written: {error}. Make room there, or pass another folder with `--cache DIR`. "
+            f"What came is kept. URL: {url}"
+        ) from error
 
 
-def _fetch(url: str, partial: Path, size: int) -> None:
-    """Append what is missing of `url` to `partial`. Raises `ConnectionError` for an answer cut short."""
-    have = partial.stat().st_size if partial.exists() else 0
-    if have >= size:
-        return
-    request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
-    with urllib.request.urlopen(request, timeout=60) as answer:
-        answered = answer.headers.get("Content-Range", "")
-        goes_on = answer.status == 206 and answered.startswith(f"bytes {have}-")
-        have = have if goes_on else 0  # a server without ranges sends the whole file again
-        with (
-            partial.open("ab" if goes_on else "wb") as file,
-            tqdm(total=size, initial=have, unit="B", unit_scale=True, desc=partial.stem) as bar,
-        ):
-            while have <= size and (block := answer.read(2**18)):
-                have += file.write(block)
-                bar.update(len(block))
+def _collect(url: str, partial: Path, size: int, md5: str, patience: Patience) -> None:
+    """Bring the whole file to `partial`. Raises `SetupError` where it cannot be had or is another one."""
+    reason = _fetch_all(url, partial, size, patience)
+    remedy = f"Fetch it by hand and pass `--data FILE`, or use `--set data.source=hub`. URL: {url}"
+    have = _length(partial)
     if have < size:
-        raise ConnectionError(f"the answer ended after {have:,} of {size:,} bytes")
+        raise SetupError(
+            f"{partial.stem}: {have:,} of {size:,} bytes came ({reason}); run again to go on. {remedy}"
+        )
+    with partial.open("rb") as file:
+        found = hashlib.file_digest(file, "md5").hexdigest()
+    if have != size or found != md5:
+        partial.unlink()
+        _tag_file(partial).unlink(missing_ok=True)
+        raise SetupError(
+            f"{partial.stem}: got {have:,} bytes, MD5 {found}; expected {size:,} bytes, MD5 {md5}. "
+            f"The file is removed. {remedy}"
+        )
+
+
+def _fetch_all(url: str, partial: Path, size: int, patience: Patience) -> str:
+    """Ask for what is missing until all of it is there or patience ends; the reason of the last failure."""
+    reason, failures, most = "", 0, _length(partial)
+    while _length(partial) < size and failures < patience.attempts:
+        asked = 0.0
+        try:
+            _fetch(url, partial, size, patience.timeout)
+            break
+        except urllib.error.HTTPError as error:
+            error.close()
+            reason, asked = f"HTTP {error.code} {error.reason}", _asked_wait(error.headers)
+            if error.code not in TRANSIENT:
+                break
+            if asked > patience.longest_wait:
+                return f"{reason}: the server asks for {asked:,.0f} s of patience"
+        except (WrongAnswer, urllib.error.URLError, ConnectionError) as error:
+            reason = f"{type(error).__name__}: {error}"
+        have = _length(partial)
+        failures = 1 if have > most else failures + 1
+        most = max(most, have)
+        if failures < patience.attempts:
+            time.sleep(max(asked, patience.pause * 2 ** (failures - 1)))
+    return reason
+
+
+def _fetch(url: str, partial: Path, size: int, timeout: float) -> None:
+    """Append what is missing of `url` to `partial`.
+
+    Bytes of two versions are never joined: the server's tag of the version stands beside `partial`. Raises
+    `ConnectionError` for an answer cut short, `WrongAnswer` for one that is not of the file.
+    """
+    have, tag_file = _length(partial), _tag_file(partial)
+    known_tag = tag_file.read_text(encoding="utf-8", errors="replace") if have and tag_file.exists() else ""
+    headers = {"Range": f"bytes={have}-"} if have else {}
+    if known_tag:
+        headers["If-Range"] = known_tag
+    with _answer(urllib.request.Request(url, headers=headers), timeout) as answer:
+        at = have if answer.status == 206 else 0  # of the answer's next byte
+        _require_part(answer, at, size)
+        tag = _tag(answer.headers)
+        if at and known_tag and tag and tag != known_tag:
+            partial.unlink()
+            raise WrongAnswer(f"the file has changed from {known_tag} to {tag}: starting anew")
+        keep = have if at or (tag and tag == known_tag) else 0  # a server without ranges sends all of it
+        with (
+            partial.open("ab" if keep else "wb") as file,
+            tqdm(total=size, initial=keep, unit="B", unit_scale=True, desc=partial.stem) as bar,
+        ):
+            if not keep:
+                tag_file.write_text(tag, encoding="utf-8")
+            for block in _blocks(answer):
+                bar.update(file.write(block[max(0, keep - at) :]))
+                at += len(block)
+                if at > size:
+                    return
+    if at < size:
+        raise ConnectionError(f"the answer ended after {at:,} of {size:,} bytes")
+
+
+def _answer(request: urllib.request.Request, timeout: float) -> http.client.HTTPResponse:
+    """The server's answer; whatever the network or a redirect does wrong is a `ConnectionError`."""
+    try:
+        return urllib.request.urlopen(request, timeout=timeout)
+    except urllib.error.URLError:
+        raise
+    except (OSError, http.client.HTTPException, ValueError) as error:
+        raise ConnectionError(f"{type(error).__name__}: {error}") from error
+
+
+def _blocks(answer: http.client.HTTPResponse) -> Iterator[bytes]:
+    """The answer's bytes as they come, so that none is lost with a connection."""
+    while True:
+        try:
+            block = answer.read1(BLOCK)
+        except (OSError, http.client.HTTPException, ValueError) as error:
+            raise ConnectionError(f"{type(error).__name__}: {error}") from error
+        if not block:
+            return
+        yield block
+
+
+def _require_part(answer: http.client.HTTPResponse, start: int, size: int) -> None:
+    """Refuse an error page, a packed answer, a file of another size, and another part than from `start`."""
+    headers = answer.headers
+    if headers.get_content_type() == "text/html":
+        raise WrongAnswer(f"a web page came in place of the file (HTTP {answer.status}, text/html)")
+    packing = headers.get("Content-Encoding", "identity")
+    if packing.lower() != "identity":
+        raise WrongAnswer(f"the answer is packed (Content-Encoding: {packing})")
+    if start:
+        part = headers.get("Content-Range", "")
+        if not (part.startswith(f"bytes {start}-") and part.endswith((f"/{size}", "/*"))):
+            raise WrongAnswer(f"asked for bytes {start}-{size - 1}/{size}, got Content-Range {part!r}")
+    elif answer.length is not None and answer.length != size:
+        raise WrongAnswer(f"the server's file has {answer.length:,} bytes, expected {size:,} bytes")
+
+
+def _asked_wait(headers: Message) -> float:
+    """Seconds that `Retry-After` asks for, as a number or as a date; 0 without one that can be read."""
+    text = headers.get("Retry-After", "").strip()
+    if text.isascii() and text.isdigit():
+        return float(text)
+    try:
+        date = email.utils.parsedate_to_datetime(text)
+    except ValueError:
+        return 0.0
+    return max(0.0, date.replace(tzinfo=date.tzinfo or UTC).timestamp() - time.time())
+
+
+def _tag(headers: Message) -> str:
+    """What names the version of the file for certain: a strong ETag; "" without one."""
+    tag = headers.get("ETag", "").strip()
+    return tag if tag.startswith('"') else ""
+
+
+def _tag_file(partial: Path) -> Path:
+    return partial.with_name(partial.name + ".etag")
+
+
+def _length(path: Path) -> int:
+    """Bytes of the file; 0 where there is none."""
+    return path.stat().st_size if path.is_file() else 0

@@ -23,7 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from src import SetupError
 from src.config import ModelConfig
 from src.data.batches import Preprocess
-from src.files import sha256
+from src.files import hub_sha256, sha256
 from src.model.attention import ChannelGate, CrossAttention, OneTokenAttention, SpatialAttention
 
 # Commit and SHA-256 of `model.safetensors` in the hub repository timm/<tag>. For another tag write
@@ -297,7 +297,7 @@ def _pretrained(
     if expected_sha256 and found_sha256 != expected_sha256:
         raise SetupError(
             f"weights of {tag} in {path}: SHA-256 is {found_sha256}, expected {expected_sha256}. "
-            f"Delete the file and {RESTORE.get(config.weights, 'download it again')}."
+            f"Delete {path.resolve()} and {RESTORE.get(config.weights, 'download it again')}."
         )
     backbone = _load(tag, path, config.drop_path)
     return backbone, _classes_of_rows(path, backbone), found_sha256
@@ -361,14 +361,15 @@ def _weights_file(tag: str, revision: str, weights: str) -> tuple[Path, str]:
     try:
         path = hf_hub_download(f"timm/{tag}", "model.safetensors", revision=revision or pinned_revision)
     except Exception as error:  # the client raises a dozen kinds: offline, 401, 404, 429, timeouts
+        first_line = str(error).strip().partition("\n")[0][:200]
         raise SetupError(
-            f"weights timm/{tag} cannot be had from the Hugging Face hub ({type(error).__name__}: "
-            f"{str(error).splitlines()[0][:200]}).\n"
+            f"weights timm/{tag} cannot be had from the Hugging Face hub "
+            f"({type(error).__name__}: {first_line}).\n"
             "Check the connection; set HF_TOKEN if the hub limits the rate; or download model.safetensors "
             "elsewhere and pass `--set model.weights=FILE.safetensors`.\n"
             "Without a hub: `--profile quick` or `--profile offline` use weights that a package ships."
         ) from error
-    return Path(path), "" if revision else sha256
+    return Path(path), ("" if revision else sha256) or hub_sha256(Path(path))
 
 
 def _package_file(tag: str) -> Path:
