@@ -177,7 +177,6 @@ def claim_run_folder(setup: Setup) -> None:
                 + "\n  ".join(changed[:12])
                 + "\nDelete that folder to start anew, or keep it and pass another one with --runs DIR."
             )
-    setup.run_folder.mkdir(parents=True, exist_ok=True)
     setup.splits.save(setup.run_folder / "splits.json")
     write_json(path, identity)
 

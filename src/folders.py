@@ -46,11 +46,13 @@ class Paths:
 
 def require_writable(folder: Path) -> None:
     """Make `folder` and try to write into it."""
+    probe = folder / f".{os.getpid()}.partial"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / f".{os.getpid()}.partial"
-        probe.write_bytes(b"x")
-        probe.unlink()
+        try:
+            probe.write_bytes(b"x")
+        finally:  # a full disk has room for its name
+            probe.unlink(missing_ok=True)
     except OSError as error:
         raise SetupError(
             f"folder {folder} cannot be written to ({error.strerror}). "

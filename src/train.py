@@ -160,12 +160,13 @@ class Trainer:
         ours = self.payload()
         if payload.get("best"):
             ours["best"] = ours["model"]
-        if payload["optimizer"]["state"]:
+        if saved := payload["optimizer"]["state"]:
             groups = self.optimizer.param_groups
             parameters = [parameter.detach() for group in groups for parameter in group["params"]]
             ours["optimizer"]["state"] = {
                 number: {"step": torch.zeros(()), "exp_avg": parameter, "exp_avg_sq": parameter}
                 for number, parameter in enumerate(parameters)
+                if number in saved
             }
         return ours
 

@@ -30,7 +30,7 @@ FAULTS: dict[str, tuple[str, str]] = {
     "kill_write": ("kill -9 during a checkpoint's write", "there is always a whole checkpoint"),
     "damaged_checkpoint": (
         "a checkpoint with flipped bits, cut short, torn, of another kind or missing",
-        "detected and named; the one before it is used",
+        "detected and named; the one before it is used, or the run refused",
     ),
     "disk_full": (
         "the disk is full, or a folder cannot be written to",

@@ -54,7 +54,7 @@ class Warm:
 
     def __exit__(self, *_: object) -> None:
         self.process.stdin.close()
-        self.process.wait(60)
+        self.process.wait(300)
 
     def run(self, arguments: list[str], kill: int | None = None, after: float = 600.0, **how: int) -> Ended:
         """The command line; process number `kill` gets SIGKILL `after` seconds.
