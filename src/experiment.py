@@ -115,9 +115,9 @@ def device_for(config: Config) -> Device:
 def run(config: Config, paths: Paths) -> Result:
     """Train (or go on, or load what a finished run left), score `valid` once, write the arm's results."""
     setup = prepare(config, paths)
-    with processes.main_first():
-        if processes.is_main():
-            claim_run_folder(setup)
+    if processes.is_main():
+        claim_run_folder(setup)
+    processes.wait_for_all()
     if is_finished(setup.run_folder):
         processes.say(f"run {config.run_name} is finished: its results are loaded, nothing is trained")
     else:

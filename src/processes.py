@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from typing import TypeVar
 
 import torch
@@ -20,8 +21,9 @@ from src import SetupError
 Items = TypeVar("Items", bound=Sequence)
 
 
+@cache
 def state() -> PartialState:
-    """Accelerate's view of the processes; without a GPU they are the CPU's."""
+    """Accelerate's view of the processes; without a GPU they are the CPU's. Asked for in every step."""
     return PartialState(cpu=not torch.cuda.is_available())
 
 

@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 from scipy.optimize import minimize_scalar
 from scipy.special import softmax
 from sklearn.metrics import log_loss
+from tiny import arguments, small
 
 from src import SetupError, checkpoint, experiment, train
 from src.average import copied
@@ -51,29 +52,8 @@ FILES = (
 )  # fmt: skip
 
 
-def small(weights: Path, **changes) -> dict[str, object]:
-    """Overrides that make a run tiny."""
-    return {
-        "model.backbone": tiny.CONVNEXT,
-        "model.weights": str(weights),
-        "model.image_size": tiny.SIZE,
-        "data.holdout_per_class": 3,
-        "train.epochs": 2,
-        "train.batch_size": 5,
-        "train.checkpoint_minutes": 0.0,
-        "optim.head_lr": 0.01,
-        **{name.replace("__", "."): value for name, value in changes.items()},
-    }
-
-
 def paths(folder: Path) -> Paths:
     return Paths(folder / "results", folder / "runs", folder / "cache")
-
-
-def arguments(folder: Path, arm: str, data: Path, overrides: dict[str, object]) -> list[str]:
-    where = [item for name in ("results", "runs", "cache") for item in (f"--{name}", str(folder / name))]
-    pairs = [item for name, value in overrides.items() for item in ("--set", f"{name}={value}")]
-    return [arm, "--profile", "offline", "--data", str(data), *where, *pairs]
 
 
 def own(pets: Path, weights: Path, arm: str = "improvement", **changes):

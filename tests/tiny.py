@@ -80,3 +80,24 @@ def fit_data(built: Built, config: Config, n: int = 23, n_holdout: int = 11) -> 
         Batches(rows, labels_N, order[:n], batch, cpu, built.preprocess, config.augment, balanced),
         Batches(rows, labels_N, order[n:], 4, cpu, built.preprocess).at_size(size),
     )
+
+
+def small(weights: Path, **changes) -> dict[str, object]:
+    """Overrides that make a run tiny."""
+    return {
+        "model.backbone": CONVNEXT,
+        "model.weights": str(weights),
+        "model.image_size": SIZE,
+        "data.holdout_per_class": 3,
+        "train.epochs": 2,
+        "train.batch_size": 5,
+        "train.checkpoint_minutes": 0.0,
+        "optim.head_lr": 0.01,
+        **{name.replace("__", "."): value for name, value in changes.items()},
+    }
+
+
+def arguments(folder: Path, arm: str, data: Path, overrides: dict[str, object]) -> list[str]:
+    where = [item for name in ("results", "runs", "cache") for item in (f"--{name}", str(folder / name))]
+    pairs = [item for name, value in overrides.items() for item in ("--set", f"{name}={value}")]
+    return [arm, "--profile", "offline", "--data", str(data), *where, *pairs]

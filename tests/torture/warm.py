@@ -70,20 +70,8 @@ class Warm:
 
 def command(folder: Path, arm: str, inputs: Path, **changes) -> list[str]:
     """A tiny run of everything, with a checkpoint at every read."""
-    overrides = {
-        "model.backbone": tiny.CONVNEXT,
-        "model.weights": inputs / "weights.safetensors",
-        "model.image_size": tiny.SIZE,
-        "data.holdout_per_class": 3,
-        "train.epochs": 2,
-        "train.batch_size": 5,
-        "train.checkpoint_minutes": 0.0,
-        "optim.head_lr": 0.01,
-        **{name.replace("__", "."): value for name, value in changes.items()},
-    }
-    where = [item for name in ("results", "runs", "cache") for item in (f"--{name}", str(folder / name))]
-    pairs = [item for name, value in overrides.items() for item in ("--set", f"{name}={value}")]
-    return [arm, "--profile", "offline", "--data", str(inputs / "pets"), *where, *pairs]
+    overrides = tiny.small(inputs / "weights.safetensors", **changes)
+    return tiny.arguments(folder, arm, inputs / "pets", overrides)
 
 
 def outputs(folder: Path, arm: str) -> dict[str, bytes]:
