@@ -145,11 +145,12 @@ class Trainer:
         except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
             raise SetupError(
                 f"the newest checkpoint in {self.folder} is of another version of this program, or of "
-                f"another model: {str(error)[:300]}. Delete that folder to start anew."
+                f"another model: {str(error)[:300]}. Delete that folder, and its snapshots if --backup keeps "
+                "any, to start anew."
             ) from error
         self.micro_batch = min(self.micro_batch, self.progress.micro_batch or self.micro_batch)
         self.best_state = payload["best"]
-        if self.accelerator.scaler:
+        if self.accelerator.scaler and payload["scaler"]:  # the run may have begun on a GPU with bf16
             self.accelerator.scaler.load_state_dict(payload["scaler"])
         for name, average in self.averages.items():
             average.restore(payload["averages"][name])
@@ -160,6 +161,8 @@ class Trainer:
         ours = self.payload()
         if payload.get("best"):
             ours["best"] = ours["model"]
+        if not (ours["scaler"] and payload["scaler"]):  # another GPU may have another precision
+            ours["scaler"] = payload["scaler"]
         if saved := payload["optimizer"]["state"]:
             groups = self.optimizer.param_groups
             parameters = [parameter.detach() for group in groups for parameter in group["params"]]
@@ -407,7 +410,7 @@ def recompute_activations(model: Classifier) -> None:
     if any(isinstance(module, _BatchNorm) for module in model.backbone.modules()):
         raise SetupError(
             "train.grad_checkpointing = True is for backbones without batch normalisation, whose statistics "
-            "the second forward pass would count twice. Use a lower train.batch_size instead."
+            "the second forward pass would count twice. Use a lower train.micro_batch instead."
         )
     model.backbone.set_grad_checkpointing()
 

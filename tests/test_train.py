@@ -800,6 +800,27 @@ def test_a_damaged_checkpoint_costs_time_only(tmp_path, monkeypatch, uninterrupt
     assert same_state(model.state_dict(), expected_model.state_dict())
 
 
+@pytest.mark.parametrize("began_with", ["bf16", "fp16"])
+def test_a_run_goes_on_where_the_precision_is_another(tmp_path, monkeypatch, began_with):
+    """An A100 takes bf16, a T4 fp16 with a gradient scaler: the next machine may be the other one."""
+    with monkeypatch.context() as patch:
+        kill_after(patch, "end_epoch", 1)
+        with pytest.raises(Killed):
+            run(tmp_path, RECIPE)
+    payload = checkpoint.load_newest(tmp_path / "run")
+    assert payload["scaler"] == {}
+    fields = {name: getattr(RECIPE.model, name) for name in ("head", "trainable", "dropout", "drop_path")}
+    built = tiny.build(tmp_path / "other", **fields)
+    trainer = Trainer(built.model, tiny.fit_data(built, RECIPE), RECIPE, tiny.device(), tmp_path / "other")
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    if began_with == "fp16":
+        payload["scaler"] = scaler.state_dict()
+    else:
+        trainer.accelerator.scaler = scaler
+    trainer.restore(payload)
+    assert trainer.progress.epoch == 1 and scaler.get_scale() == 8.0
+
+
 def test_checkpoint_interval(tmp_path, monkeypatch):
     """No checkpoint within an epoch before the interval is over; one a step where the interval is zero."""
     monkeypatch.setattr(train, "STEPS_BETWEEN_READS", 1)
