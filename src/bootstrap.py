@@ -69,15 +69,22 @@ def install_missing(requirements: Path = REQUIREMENTS) -> list[str]:
 
 def describe() -> str:
     """One line: Python, the packages that decide numbers, and the device."""
-    import torch
-
     names = ("torch", "torchvision", "timm", "numpy")
     versions = ", ".join(f"{name} {_version(name)}" for name in names)
-    device = "no GPU: the CPU computes"
-    if torch.cuda.is_available():
-        properties = torch.cuda.get_device_properties(0)
-        device = f"{properties.name}, {properties.total_memory / 1e9:.0f} GB"
-    return f"Python {sys.version.split()[0]}, {versions} | {device}"
+    return f"Python {sys.version.split()[0]}, {versions} | {gpus() or 'no GPU: the CPU computes'}"
+
+
+def gpus() -> str:
+    """Names and memory of the GPUs, "" for none, by the driver's own tool.
+
+    Asking torch would start CUDA, after which `notebook_launcher` can start no processes.
+    """
+    command = ["nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader"]
+    try:
+        found = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
+    except (OSError, subprocess.SubprocessError):
+        return ""
+    return "; ".join(line.strip() for line in found.splitlines() if line.strip())
 
 
 def read_colab_secret(name: str) -> None:

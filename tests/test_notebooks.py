@@ -102,6 +102,28 @@ def test_bootstrap_with_a_wrong_address_says_so(tmp_path):
     assert "REPO_URL" in done.stderr and "nothing" in done.stderr and len(done.stderr.splitlines()) < 20
 
 
+# What it says of the machine
+
+
+def test_gpus_are_named_without_starting_cuda(tmp_path, monkeypatch):
+    """Once CUDA has started, a notebook's processes cannot be forked for several GPUs."""
+
+    def started(*_, **__):
+        raise AssertionError("CUDA was started")
+
+    for name in ("_lazy_init", "is_available", "device_count", "get_device_properties"):
+        monkeypatch.setattr(torch.cuda, name, started)
+    driver = tmp_path / "nvidia-smi"
+    driver.write_text("#!/bin/sh\necho 'Tesla T4, 15360 MiB'\necho 'Tesla T4, 15360 MiB'\n")
+    driver.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    assert bootstrap.describe().endswith("| Tesla T4, 15360 MiB; Tesla T4, 15360 MiB")
+    driver.write_text("#!/bin/sh\necho 'No devices were found'\nexit 6\n")
+    assert bootstrap.describe().endswith("| no GPU: the CPU computes")
+    monkeypatch.setenv("PATH", str(tmp_path / "nowhere"))
+    assert bootstrap.describe().endswith("| no GPU: the CPU computes")
+
+
 # Installing
 
 
