@@ -20,7 +20,7 @@ from torchvision.transforms.v2 import functional as F
 from src.config import AugmentConfig
 from src.data import batches as batches_module
 from src.data.augment import augment
-from src.data.batches import Batches, Preprocess, balanced_order, derived_seed, to_device
+from src.data.batches import Batches, Preprocess, balanced_order, derived_seed, sent_in_parts, to_device
 
 CPU = torch.device("cpu")
 PREPROCESS = Preprocess(24, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), "bicubic")
@@ -108,6 +108,16 @@ def test_resident_tensors_give_the_same_batches():
     for (x, y), (other_x, other_y) in zip(batches.epoch(0, 1), resident.epoch(0, 1), strict=True):
         assert torch.equal(x, other_x) and torch.equal(y, other_y)
     assert to_device(batches.rows, CPU) is batches.rows
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.float32])
+def test_what_is_sent_in_parts_is_whole(tmp_path, monkeypatch, dtype):
+    """Also from a read-only memory map; the last part is a short one."""
+    monkeypatch.setattr(batches_module, "ROWS_AT_ONCE", 4)
+    rows = np.arange(11 * 2 * 3).reshape(11, 2, 3).astype(dtype)
+    np.save(tmp_path / "rows.npy", rows)
+    sent = sent_in_parts(np.load(tmp_path / "rows.npy", mmap_mode="r"), CPU)
+    assert sent.numpy().dtype == dtype and np.array_equal(sent.numpy(), rows)
 
 
 def test_derived_seeds_depend_on_every_number_and_its_place():

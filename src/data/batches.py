@@ -24,6 +24,7 @@ from src.device import send
 
 # Share of the free device memory that the data may take to stay resident there.
 RESIDENT_SHARE = 0.4
+ROWS_AT_ONCE = 4096
 # Bytes read from a memory map before the pages that they came from are given back.
 MAPPED_BYTES = 2**30
 
@@ -79,7 +80,17 @@ def to_device(rows: np.ndarray, device: torch.device) -> np.ndarray | torch.Tens
     """The whole array as a tensor on a CUDA device where it fits; else as it is (memory-mapped)."""
     if device.type != "cuda" or rows.nbytes > RESIDENT_SHARE * torch.cuda.mem_get_info(device)[0]:
         return rows
-    return torch.from_numpy(np.array(rows)).to(device)  # a copy: torch wants writable memory
+    return sent_in_parts(rows, device)
+
+
+def sent_in_parts(rows: np.ndarray, device: torch.device) -> torch.Tensor:
+    """The array on `device`, a part at a time: a machine may have less memory than its GPU."""
+    kind = torch.from_numpy(np.empty(0, rows.dtype)).dtype
+    whole = torch.empty(rows.shape, dtype=kind, device=device)
+    for start in range(0, len(rows), ROWS_AT_ONCE):
+        part = np.array(rows[start : start + ROWS_AT_ONCE])  # a copy: torch wants writable memory
+        whole[start : start + ROWS_AT_ONCE] = torch.from_numpy(part)
+    return whole
 
 
 def balanced_order(index_M: np.ndarray, labels_M: np.ndarray, rng: np.random.Generator) -> np.ndarray:
