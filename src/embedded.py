@@ -11,6 +11,7 @@ from pathlib import Path
 
 from safetensors.torch import save_file
 
+from src import SetupError
 from src.experiment import Result
 from src.files import sha256, write_atomically
 from src.model.build import OWN_METADATA, WEIGHTS_FOLDER
@@ -39,9 +40,17 @@ tests show transfer learning with a ConvNeXt where no hub can be reached.
 
 
 def export(result: Result, folder: Path = WEIGHTS_FOLDER) -> tuple[Path, str]:
-    """Write the weights in timm's layout and half precision, and their card; path and SHA-256."""
+    """Write the weights in timm's layout and half precision, and their card; path and SHA-256.
+
+    Raises `SetupError` for a run that did not start from random weights, or has more than a plain head.
+    """
     setup = result.setup
-    architecture = setup.config.model.backbone
+    architecture, model = setup.config.model.backbone, setup.config.model
+    if model.weights != "random" or model.head != "plain" or model.scra:
+        raise SetupError(
+            f"{setup.config.arm} is no pretraining (weights {model.weights!r}, head {model.head!r}): what it "
+            "has beside a backbone and a classifier would be lost. Export one: --preset pretrain."
+        )
     state = {
         name.removeprefix("backbone."): tensor
         for name, tensor in setup.model.state_dict().items()

@@ -75,7 +75,7 @@ def cached_features(
     key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
     path = folder / f"{key}.npy"
     note = path.with_suffix(".json")
-    if not note.exists():
+    if not (note.exists() and path.exists()):
         started = time.perf_counter()
         features = one_pass(function, batches, device, "features of the frozen backbone")
         seconds = time.perf_counter() - started

@@ -14,12 +14,12 @@ import tiny
 import torch
 from conftest import MINI_WNIDS
 from safetensors.torch import load_file
-from test_experiment import arguments, paths, small
+from test_experiment import arguments, own, paths, small
 
 from src import SetupError, embedded
 from src.commands import main
 from src.config import ModelConfig, with_fields
-from src.experiment import configure, open_data, prepare, run
+from src.experiment import configure, frozen_features, open_data, prepare, run
 from src.files import sha256
 from src.model import build
 from src.model.build import build_model
@@ -125,6 +125,25 @@ def test_other_bytes_than_those_shipped_are_refused(shipped, known, tmp_path, mo
     monkeypatch.setattr(build, "EMBEDDED_WEIGHTS", {})
     with pytest.raises(SetupError, match="embedded"):
         embedded_model(("a", "b"))
+
+
+@pytest.mark.parametrize("changes", [{"weights": "hub"}, {"head": "attention"}, {"scra": True}])
+def test_what_is_no_pretraining_is_not_exported(shipped, tmp_path, changes):
+    """A head with more than a classifier would be lost, and the card would not be true."""
+    result, _, _ = shipped
+    config = replace(result.setup.config, model=replace(result.setup.config.model, **changes))
+    with pytest.raises(SetupError, match="no pretraining"):
+        embedded.export(replace(result, setup=replace(result.setup, config=config)), tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_random_backbones_of_two_seeds_share_no_features(pets, tmp_path):
+    changes = {"model__backbone": ARCHITECTURE, "model__weights": "random"}
+    first, other = (
+        frozen_features(prepare(own(pets, "", "baseline", **changes, train__seed=seed), paths(tmp_path)))[0]
+        for seed in (0, 1)
+    )
+    assert first.shape == other.shape and not np.allclose(first, other)
 
 
 def test_the_card_says_the_numbers_of_the_metrics(shipped):
