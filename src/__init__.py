@@ -11,3 +11,7 @@ Splits are never synonyms: `fit` is trained on, `holdout` is chosen on, `valid` 
 
 class SetupError(Exception):
     """Something the user can mend: the message names the thing, the value and the remedy."""
+
+
+class NotNow(SetupError):
+    """What was asked for is right: a full disk, another process at work or a lost drive is in its way."""

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from tqdm.auto import tqdm
 
-from src import SetupError
+from src import NotNow, SetupError
 from src.files import sha256, write_atomically
 
 GENERATIONS = 2
@@ -46,21 +46,30 @@ def save(run: Path, backup: Path) -> bool:
 
 
 def restore(backup: Path, run: Path) -> bool:
-    """Unpack the newest whole snapshot into the folder `run`, which must not exist; whether there was one."""
+    """Unpack the newest whole snapshot into the folder `run`, run.json last; whether there was one.
+
+    Raises `NotNow` where a snapshot, or the folder, is out of reach: an older one would lose what is newer.
+    """
     for _, digest, path in reversed(_snapshots(backup / run.name)):
         try:
             with tempfile.TemporaryDirectory(dir=_made(run.parent)) as scratch:
                 local = Path(scratch) / path.name
                 shutil.copyfile(path, local)  # read once: the drive may answer otherwise the second time
                 if sha256(local) != digest:
-                    raise OSError("its SHA-256 does not match its name")
-                unpacked = Path(scratch) / "run"
+                    raise tarfile.TarError("its SHA-256 does not match its name")
                 with tarfile.open(local) as archive:
-                    archive.extractall(unpacked, filter="data")
-                unpacked.rename(run)
-        except (OSError, tarfile.TarError) as error:
+                    members = sorted(archive.getmembers(), key=lambda member: member.name == "run.json")
+                    if not members or members[-1].name != "run.json":
+                        raise tarfile.TarError("it does not say whose run it is")
+                    archive.extractall(run, members, filter="data")
+        except tarfile.TarError as error:
             tqdm.write(f"{path} is damaged ({error}); trying the one before it")
             continue
+        except OSError as error:
+            raise NotNow(
+                f"{path} cannot be restored to {run} ({error}). See that the drive is mounted and that there "
+                "is room, and give the same command again; without --backup the run starts anew."
+            ) from error
         tqdm.write(f"restored {run.name} from {path}")
         return True
     return False

@@ -41,6 +41,11 @@ def obey(args: argparse.Namespace) -> str:
     if args.command in COMMANDS:
         if processes.n_processes() > 1:
             raise SetupError(f"{args.command} works in one process: start it without `accelerate launch`.")
+        if args.backup and args.command != "cross_validate":
+            raise SetupError(
+                f"{args.command} makes no snapshots: leave --backup out. It keeps runs of presets and folds; "
+                "of a study, --results holds what goes on."
+            )
         return COMMANDS[args.command](args)
     paths = paths_of(args)
     run(config_of(args, args.command), paths)
@@ -100,11 +105,6 @@ def overrides_of(args: argparse.Namespace) -> dict[str, object]:
 
 def config_of(args: argparse.Namespace, arm: str) -> Config:
     return configure(arm, args.profile, args.data, {"train.seed": args.seed, **overrides_of(args)})
-
-
-def results_of(args: argparse.Namespace) -> Path:
-    """The folder of results, for commands that read nothing else."""
-    return Path(args.results or "results")
 
 
 def read_seeds(text: str) -> list[int]:
@@ -283,7 +283,7 @@ def attributions(args: argparse.Namespace) -> str:
 def report(args: argparse.Namespace) -> str:
     from src.page import write_page
 
-    return f"see {shown(write_page(results_of(args)))}"
+    return f"see {shown(write_page(paths_of(args).results))}"
 
 
 def summary(results: Path) -> str:
@@ -320,7 +320,7 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], str]] = {
     "explain": explain,
     "attributions": attributions,
     "report": report,
-    "summary": lambda args: summary(results_of(args)),
+    "summary": lambda args: summary(paths_of(args).results),
 }
 
 

@@ -115,13 +115,7 @@ def device_for(config: Config) -> Device:
 def run(config: Config, paths: Paths) -> Result:
     """Train (or go on, or load what a finished run left), score `valid` once, write the arm's results."""
     setup = prepare(config, paths)
-    if processes.is_main():
-        claim_run_folder(setup)
-    processes.wait_for_all()
-    if is_finished(setup.run_folder):
-        processes.say(f"run {config.run_name} is finished: its results are loaded, nothing is trained")
-    else:
-        train_and_predict(setup)
+    complete(setup)
     processes.wait_for_all()
     weights = setup.run_folder / "model.safetensors"
     try:
@@ -150,21 +144,22 @@ def finished_run(config: Config, paths: Paths) -> Path:
     if missing := [name for name in FINISHED if not (folder / name).exists()]:
         raise SetupError(
             f"{shown(folder)} holds no finished run ({missing[0]} is missing): run it first, "
-            f"`python -m src.experiment {config.arm} --profile {config.profile} --seed {config.train.seed}`, "
-            "with the same --data and --runs."
+            f"`python -m src.experiment {config.arm} --profile {config.profile} "
+            f"--protocol {config.data.protocol} --seed {config.train.seed}`, "
+            "with the same --data, --runs and --set."
         )
     return folder
 
 
 def claim_run_folder(setup: Setup) -> None:
-    """Make the run's folder, or check that the run in it is this one."""
+    """Make the run's folder, or check that the run in it is this one; a finished one is left as it is."""
     identity = {
         "config": recorded_config(setup.config),
         "data": setup.store.fingerprint,
         "weights_sha256": setup.built.weights_sha256,
     }
     path = setup.run_folder / "run.json"
-    if setup.paths.backup and not setup.run_folder.exists():
+    if setup.paths.backup and not path.exists():
         backup.restore(setup.paths.backup, setup.run_folder)
     if path.exists():
         before = read_json(path)
@@ -172,13 +167,38 @@ def claim_run_folder(setup: Setup) -> None:
         plain = recorded_config(Config(arm=setup.config.arm))
         before["config"] = configs.completed(before["config"], plain)
         if changed := configs.differences(identity, before):
+            kept = setup.paths.backup and setup.paths.backup / setup.run_folder.name
             raise SetupError(
                 f"{setup.run_folder} holds a run of another configuration (there -> here):\n  "
                 + "\n  ".join(changed[:12])
-                + "\nDelete that folder to start anew, or keep it and pass another one with --runs DIR."
+                + f"\nDelete that folder{f' and its snapshots in {kept}' if kept else ''} to start anew, or "
+                + f"keep it and pass another one with --runs DIR{' and --backup DIR' if kept else ''}."
             )
-    setup.splits.save(setup.run_folder / "splits.json")
-    write_json(path, identity)
+    if not (path.exists() and is_finished(setup.run_folder)):
+        setup.splits.save(setup.run_folder / "splits.json")
+        write_json(path, identity)
+
+
+def complete(setup: Setup) -> None:
+    """Do what is left of a run; nothing where it is finished.
+
+    Raises `SetupError` where another process works in the run's folder, or another run lies there.
+    """
+    folder = setup.run_folder
+    busy = processes.is_main() and not is_finished(folder)
+    with alone_in(folder) if busy else nullcontext():  # two that begin at once: one of them owns the folder
+        if processes.is_main():
+            claim_run_folder(setup)
+        processes.wait_for_all()
+        if not (folder / "run.json").exists():
+            raise SetupError(
+                f"process {processes.process_index()} does not see {folder}, which the main process made: "
+                "several machines must share the disk with --runs, --results and --cache."
+            )
+        if is_finished(folder):
+            processes.say(f"run {folder.name} is finished: its results are loaded, nothing is trained")
+        else:
+            _train_and_predict(setup)
 
 
 def train_and_predict(setup: Setup) -> None:
@@ -290,6 +310,8 @@ def frozen_features(setup: Setup) -> tuple[np.ndarray, float]:
     }
     if len(used_U) < len(store):
         identity["classes"] = config.data.classes
+    if not built.weights_sha256:  # random, and drawn with the seed
+        identity["seed"] = config.train.seed
     return cached_features(model.features, images, device, setup.paths.cache / "features", identity)
 
 
@@ -408,10 +430,14 @@ def class_counts_of(setup: Setup) -> Figure:
 def configure(
     arm: str, profile: str, data_dir: str = "", overrides: dict[str, object] | None = None
 ) -> Config:
-    """The preset under the profile; `data_dir`, or else the variable TINY_IMAGENET_DIR, names local data."""
+    """The preset under the profile; `data_dir`, or else the variable TINY_IMAGENET_DIR, names local data.
+
+    The variable says nothing of the other studies' own images: there it counts for the stand-ins alone.
+    """
     config = configs.preset(arm, profile, overrides)
     hub_asked_for = (overrides or {}).get("data.source") == "hub"
-    replaceable = config.data.source in ("local", "hub") and not hub_asked_for
+    own_images = arm in configs.STUDY_ARMS and profile != "offline"
+    replaceable = config.data.source in ("local", "hub") and not hub_asked_for and not own_images
     if not data_dir and not config.data.path and replaceable:
         data_dir = os.environ.get(DATA_VARIABLE, "")
     if data_dir:

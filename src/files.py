@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from safetensors import SafetensorError
 
-from src import SetupError
+from src import NotNow, SetupError
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
     """`write` beside `path`, flush to the disk, then move into place: readers see the old or the new.
 
-    Raises `SetupError` where that fails, as on a full disk; what is at `path` then stays.
+    Raises `NotNow` where that fails, as on a full disk; what is at `path` then stays.
     """
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
@@ -42,7 +42,7 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
             partial.unlink(missing_ok=True)
 
 
-def _cannot_write(path: Path, error: Exception) -> SetupError:
+def _cannot_write(path: Path, error: Exception) -> NotNow:
     """What a user reads; libraries' own errors often hide a full disk, so its free space is named as well."""
     reason = str(error).partition("\n")[0] or type(error).__name__
     for known in (error.__context__, error):
@@ -50,7 +50,7 @@ def _cannot_write(path: Path, error: Exception) -> SetupError:
     room = ""
     with contextlib.suppress(OSError):
         room = f"; {shutil.disk_usage(path.parent).free / 1e6:,.1f} MB are free there"
-    return SetupError(
+    return NotNow(
         f"{path} cannot be written ({reason}{room}). Make room and give the same command again, or choose "
         "another folder with --results, --runs or --cache. What was there before is untouched."
     )

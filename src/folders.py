@@ -11,7 +11,7 @@ from pathlib import Path
 import filelock
 from tqdm.auto import tqdm
 
-from src import SetupError
+from src import NotNow
 from src import config as configs
 
 
@@ -54,7 +54,7 @@ def require_writable(folder: Path) -> None:
         finally:  # a full disk has room for its name
             probe.unlink(missing_ok=True)
     except OSError as error:
-        raise SetupError(
+        raise NotNow(
             f"folder {folder} cannot be written to ({error.strerror}). "
             "Choose another with --results, --runs, --cache or --backup."
         ) from None
@@ -62,12 +62,13 @@ def require_writable(folder: Path) -> None:
 
 @contextmanager
 def alone_in(folder: Path) -> Iterator[None]:
-    """Hold the folder's lock; `SetupError` where another process does. Some network drives know no locks."""
+    """Hold the folder's lock; `NotNow` where another process does. Some network drives know no locks."""
     lock = filelock.FileLock(folder / ".lock", timeout=0)
     try:
+        folder.mkdir(parents=True, exist_ok=True)
         lock.acquire()
     except filelock.Timeout:
-        raise SetupError(
+        raise NotNow(
             f"another process is at work on the run in {folder}. Wait until it has ended, or pass another "
             "folder with --runs DIR."
         ) from None

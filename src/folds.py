@@ -15,7 +15,7 @@ import pandas as pd
 from src import SetupError
 from src.config import Config, with_fields
 from src.evaluate import accuracy
-from src.experiment import claim_run_folder, is_finished, prepare, saved_logits, train_and_predict
+from src.experiment import complete, prepare, saved_logits
 from src.files import read_json, write_json
 from src.folders import Paths, require_writable
 from src.predict import loss_and_accuracy
@@ -53,9 +53,7 @@ def cross_validate(config: Config, paths: Paths, n_folds: int) -> tuple[Path, di
 def run_fold(config: Config, paths: Paths) -> tuple[dict, np.ndarray]:
     """One fold, or what it left -> its line, and whether each image of its part is answered right."""
     setup = prepare(config, paths)
-    claim_run_folder(setup)
-    if not is_finished(setup.run_folder):
-        train_and_predict(setup)
+    complete(setup)
     facts, (logits_NK, labels_N) = read_json(setup.run_folder / "facts.json"), saved_logits(setup, "valid")
     line = {
         "fold": config.data.fold,

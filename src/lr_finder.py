@@ -40,7 +40,7 @@ def find_lr(config: Config, paths: Paths) -> tuple[Path, float]:
     folder = paths.results_of(config.arm)
     require_writable(folder)
     with tempfile.TemporaryDirectory() as scratch:  # a probe's checkpoints go with it
-        setup = replace(setup, paths=replace(paths, runs=Path(scratch)))
+        setup = replace(setup, paths=replace(paths, runs=Path(scratch), backup=None))
         if config.model.head_init == "probe":
             start_from_probe(setup)
         data, _, _ = make_batches(setup)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
 from functools import cache
 from typing import TypeVar
 
@@ -16,15 +17,18 @@ from accelerate import PartialState
 from accelerate.utils import gather_object, reduce
 from tqdm.auto import tqdm
 
-from src import SetupError
+from src import NotNow
 
 Items = TypeVar("Items", bound=Sequence)
 
 
 @cache
 def state() -> PartialState:
-    """Accelerate's view of the processes; without a GPU they are the CPU's. Asked for in every step."""
-    return PartialState(cpu=not torch.cuda.is_available())
+    """Accelerate's view of the processes; without a GPU they are the CPU's. Asked for in every step.
+
+    The others wait for the main process while it downloads and decodes, longer than torch's ten minutes.
+    """
+    return PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(hours=2))
 
 
 def n_processes() -> int:
@@ -88,13 +92,13 @@ def main_first() -> Iterator[None]:
 
 @contextmanager
 def _together() -> Iterator[None]:
-    """Raise `SetupError` where another process has ended: nothing can be exchanged with it."""
+    """Raise `NotNow` where another process has ended: nothing can be exchanged with it."""
     try:
         yield
     except (RuntimeError, ConnectionError) as error:
         if n_processes() == 1:
             raise
-        raise SetupError(
+        raise NotNow(
             f"process {process_index()} of {n_processes()} lost the others: one of them was ended, or the "
             f"network is down ({str(error).splitlines()[0][:200]}). "
             "Start the same command again: the run goes on from its last checkpoint."

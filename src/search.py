@@ -18,7 +18,7 @@ import numpy as np
 import pandas as pd
 from tqdm.auto import tqdm
 
-from src import SetupError
+from src import NotNow, SetupError
 from src.config import Config, field_names, get, preset, with_fields
 from src.data.batches import derived_seed
 from src.experiment import Setup, prepare, saved_logits, train_and_predict
@@ -165,7 +165,9 @@ def run_trial(search: Search, work: Path) -> None:
     tried = with_fields(config, fields_of(config, trial.params))
     runs = work / config_key(tried, search.setup.store.fingerprint)
     try:
-        accuracy, facts = train(tried, replace(search.setup.paths, runs=runs))
+        accuracy, facts = train(tried, replace(search.setup.paths, runs=runs, backup=None))
+    except NotNow:  # no fault of the trial: what it has trained stays, and it is drawn again
+        raise
     except SetupError as error:
         if not n_done:  # the preset itself: no trial would fare better for the same reason
             raise
@@ -187,7 +189,6 @@ def fields_of(config: Config, point: dict[str, float]) -> dict[str, float]:
 def train(config: Config, paths: Paths) -> tuple[float, dict]:
     """An ordinary run -> its accuracy on `holdout` and its facts."""
     setup = prepare(config, paths)
-    setup.run_folder.mkdir(parents=True, exist_ok=True)
     train_and_predict(setup)
     accuracy = loss_and_accuracy(*saved_logits(setup, "holdout"))["accuracy"]
     return accuracy, read_json(setup.run_folder / "facts.json")

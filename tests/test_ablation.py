@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -15,11 +16,12 @@ from sklearn.metrics import accuracy_score, log_loss
 from test_experiment import arguments, paths, refused, small, trained
 from test_report import assert_legible, said
 
-from src import SetupError
+from src import NotNow, SetupError
 from src.commands import main
 from src.config import PROFILES, Config, field_names, get, preset
 from src.experiment import configure
 from src.figures import study_figure
+from src.folders import alone_in
 from src.report import write_csv
 from src.studies import ABLATION
 from src.studies import run as engine
@@ -359,7 +361,7 @@ def test_what_a_training_left_goes_when_no_row_needs_it(ran, pets, weights, tmp_
 
     def train(job, where):
         job.paths(where).runs.mkdir(parents=True, exist_ok=True)
-        here.append(len(list((tmp_path / "runs" / "ablation").iterdir())))
+        here.append(len(list((tmp_path / "runs" / "ablation").glob("[!.]*"))))
         return pretend(job, where)
 
     monkeypatch.setattr(engine, "run_row", train)
@@ -449,6 +451,39 @@ def test_what_no_row_can_help_stops_the_ablation(ran, pets, weights, tmp_path, m
     with pytest.raises(SetupError, match="^no space is left$"):
         run_rows(tmp_path, pets, weights)
     assert len(tried) == 2
+
+
+def test_what_is_no_fault_of_a_row_leaves_its_training(ran, pets, weights, tmp_path, monkeypatch):
+    """A full disk or another process: nothing is deleted, no other row is tried."""
+    tried = []
+
+    def fail(job, where):
+        tried.append(job.row.name)
+        (job.paths(where).runs / "half").mkdir(parents=True)
+        raise NotNow(f"{job.row.name}: no space is left")
+
+    monkeypatch.setattr(engine, "run_row", fail)
+    with pytest.raises(NotNow, match="^baseline as run: no space is left$"):
+        run_rows(tmp_path, pets, weights)
+    assert len(tried) == 1 and len(list((tmp_path / "runs" / "ablation").glob("*/half"))) == 1
+
+
+def test_two_processes_do_not_run_one_study(ran, pets, weights, tmp_path):
+    """Their lines would be lost, and their training deleted."""
+    with alone_in(tmp_path / "runs" / "ablation"), pytest.raises(NotNow, match="another process is at work"):
+        run_rows(tmp_path, pets, weights, "baseline")
+    assert not ran
+    assert len(run_rows(tmp_path, pets, weights, "baseline")) == 2
+
+
+def test_rows_are_no_snapshots_of_the_arms(pets, weights, tmp_path, capsys):
+    """They have the arms' names, and would take the place of theirs."""
+    drive = tmp_path / "drive"
+    plan = Plan(ABLATION, "offline", str(pets), small(weights))
+    run_study(plan, replace(paths(tmp_path), backup=drive), ["baseline"], [0])
+    assert not list(drive.rglob("*"))
+    message = refused(capsys, [*command(tmp_path, pets, weights, "baseline"), "--backup", str(drive)])
+    assert "ablation makes no snapshots" in message
 
 
 @pytest.mark.parametrize(

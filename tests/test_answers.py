@@ -114,7 +114,7 @@ def test_copies_of_valid_get_the_answers_of_valid(finished, tmp_path, arm, monke
     """Class and confidence, with all that came after training; nothing is trained."""
     one = finished(arm)
     shutil.copytree(one.data / "valid", tmp_path / "copies" / "valid")
-    monkeypatch.setattr(experiment, "train_and_predict", None)
+    monkeypatch.setattr(experiment, "_train_and_predict", None)
     assert main(one.predict(tmp_path / "answers.csv", "--images", str(tmp_path / "copies"))) == 0
     said = {row["image"]: row for row in read(tmp_path / "answers.csv")}
     results = one.folder / "results" / arm.capitalize()

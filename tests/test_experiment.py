@@ -33,12 +33,12 @@ from src.experiment import (
     Paths,
     alone_in,
     claim_run_folder,
+    complete,
     configure,
     make_batches,
     prepare,
     run,
     start_from_probe,
-    train_and_predict,
 )
 from src.files import read_json, write_json
 from src.model.build import Classifier, gmacs
@@ -63,8 +63,7 @@ def own(pets: Path, weights: Path, arm: str = "improvement", **changes):
 def trained(config, folder: Path):
     """Everything of `run` but the report."""
     setup = prepare(config, paths(folder))
-    claim_run_folder(setup)
-    train_and_predict(setup)
+    complete(setup)
     return setup
 
 
@@ -216,7 +215,7 @@ def test_a_finished_run_is_loaded_not_trained(both_arms, mini_counts, weights, m
     table = folder / "results" / "Improvement" / "improvement_validation_predictions.csv"
     before = table.read_bytes()
     table.unlink()
-    monkeypatch.setattr(experiment, "train_and_predict", None)
+    monkeypatch.setattr(experiment, "_train_and_predict", None)
     assert main(arguments(folder, "improvement", folder / "tiny-imagenet-200", small(weights))) == 0
     assert table.read_bytes() == before
 
@@ -273,6 +272,15 @@ def test_features_are_computed_once_and_anew_for_other_weights(pets, weights, tm
     make_batches(prepare(with_fields(config, {"model.weights": str(other)}), paths(tmp_path)))
     make_batches(prepare(with_fields(config, {"model.image_size": 96}), paths(tmp_path)))
     assert sum(calls) == 96
+
+
+def test_deleted_features_are_made_again(pets, weights, tmp_path):
+    """Large files go first where a disk is full; the note beside them does not say that they are there."""
+    setup = prepare(own(pets, weights, "baseline"), paths(tmp_path))
+    before = np.array(experiment.frozen_features(setup)[0])
+    [path] = (tmp_path / "cache" / "features").glob("*.npy")
+    path.unlink()
+    assert np.array_equal(experiment.frozen_features(setup)[0], before) and path.exists()
 
 
 def test_a_batch_of_cached_features_takes_one_pass(pets, weights, tmp_path, monkeypatch):
@@ -515,7 +523,7 @@ def refused(capsys, arguments: list[str]) -> str:
     ],
 )
 def test_bad_input_is_refused_before_training(pets, weights, tmp_path, capsys, monkeypatch, extra, said):
-    monkeypatch.setattr(experiment, "train_and_predict", None)
+    monkeypatch.setattr(experiment, "_train_and_predict", None)
     assert said in refused(capsys, [*arguments(tmp_path, "improvement", pets, small(weights)), *extra])
     assert not (tmp_path / "runs").exists() or not list((tmp_path / "runs").iterdir())
 
@@ -568,6 +576,8 @@ def test_variable_names_local_data(monkeypatch):
     assert configure("baseline", "quick", "/given").data.source == "local"
     assert configure("baseline", "offline", "", {"data.path": "/set"}).data.path == "/set"
     assert configure("baseline", "full", "", {"data.source": "hub"}).data.source == "hub"
+    assert configure("animals40", "offline").data.path == "/some/where"  # the stand-in is cut from it
+    assert configure("animals40", "full").data.path == ""  # the study's images are others
     monkeypatch.delenv("TINY_IMAGENET_DIR")
     assert configure("baseline", "full") == preset("baseline", "full")
 
@@ -616,10 +626,10 @@ def test_two_processes_do_not_work_on_one_run(pets, weights, tmp_path):
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
         assert other.stdout.readline() == "held\n"
         with pytest.raises(SetupError, match="another process is at work .*--runs DIR"):
-            train_and_predict(setup)
+            complete(setup)  # nor does it say whose run it is
         assert [path.name for path in setup.run_folder.iterdir()] == [".lock"]
         other.kill()  # a lock does not outlive its process
-    train_and_predict(setup)
+    complete(setup)
     assert (setup.run_folder / "valid_logits.npy").exists()
 
 

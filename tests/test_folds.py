@@ -10,7 +10,7 @@ import pytest
 from scipy.stats import binomtest
 from test_experiment import arguments, paths, refused, small
 
-from src import folds
+from src import experiment
 from src.commands import main
 from src.config import with_fields
 from src.experiment import configure, prepare
@@ -51,7 +51,7 @@ def test_folds_and_their_sum(crossed, pets, weights):
 def test_a_finished_fold_is_not_repeated(crossed, monkeypatch):
     folder, asked = crossed
     before = (folder / "results" / "Baseline" / "folds.csv").read_bytes()
-    monkeypatch.setattr(folds, "train_and_predict", None)
+    monkeypatch.setattr(experiment, "_train_and_predict", None)
     assert main([*asked, "--preset", "baseline", "--folds", "3"]) == 0
     assert (folder / "results" / "Baseline" / "folds.csv").read_bytes() == before
 

@@ -13,7 +13,7 @@ from PIL import Image
 from test_experiment import arguments, own, paths, refused, small
 from test_report import assert_legible, said
 
-from src import SetupError, search
+from src import NotNow, SetupError, search
 from src.commands import main
 from src.config import get, preset, with_fields
 from src.figures import search_figure
@@ -152,6 +152,20 @@ def test_a_preset_that_cannot_be_trained_is_no_trial(config, tmp_path, monkeypat
     assert training.tried == [config]
 
 
+def test_what_is_no_fault_of_a_trial_stops_the_search(config, tmp_path, monkeypatch):
+    """A full disk, say: what the trial has trained stays, and the next call draws the same trial."""
+    pretend(monkeypatch)
+    search.search(config, paths(tmp_path), 4)
+    expected = table_of(tmp_path)
+    pretend(monkeypatch, {2: NotNow("no space is left")})
+    with pytest.raises(NotNow):
+        search.search(config, paths(tmp_path / "again"), 4)
+    assert len(list((tmp_path / "again" / "runs").glob("*/trials/*"))) == 1
+    pretend(monkeypatch)
+    search.search(config, paths(tmp_path / "again"), 4)
+    pd.testing.assert_frame_equal(table_of(tmp_path / "again"), expected)
+
+
 def test_of_equals_the_first_is_best(config, tmp_path, monkeypatch):
     pretend(monkeypatch)
     monkeypatch.setitem(globals(), "accuracy_of", lambda config: 0.5)
@@ -239,6 +253,7 @@ def test_holdout_alone_is_looked_at(config, tmp_path, monkeypatch):
     def train_and_predict(setup):
         right_NK = np.eye(2, dtype=np.float32)[setup.store.labels_N[setup.splits.holdout_N]]
         right_NK[0] = 1 - right_NK[0]
+        setup.run_folder.mkdir(parents=True)
         np.save(setup.run_folder / "holdout_logits.npy", right_NK)
         write_json(setup.run_folder / "facts.json", {"a": 1})
 

@@ -218,13 +218,12 @@ def test_every_row_can_be_configured_and_differs_from_the_one_it_is_compared_wit
             assert configs[row.name] != configs[row.against]
 
 
-def test_the_first_row_of_a_recipe_is_the_preset(monkeypatch):
-    monkeypatch.setenv("TINY_IMAGENET_DIR", "somewhere")
+def test_the_first_row_of_a_recipe_is_the_preset():
     for name, row in (
         ("animals40", "recipe as written"),
         ("fine_grained", "baseline + augmentation + dropout + SCRA"),
     ):
-        plan = Plan(STUDIES[name], "full")
+        plan = Plan(STUDIES[name], "full", "somewhere")
         assert plan.config(plan.study.row(row), 0).model == PRESETS[name].model
         assert plan.config(plan.study.row(row), 0).augment == PRESETS[name].augment
         assert plan.config(plan.study.row(row), 0).optim == PRESETS[name].optim

@@ -19,13 +19,13 @@ from pathlib import Path
 from scipy.special import softmax
 from tqdm.auto import tqdm
 
-from src import SetupError
+from src import NotNow, SetupError
 from src import config as configs
 from src.config import AfterConfig, Config
 from src.evaluate import calibration_error
 from src.experiment import configure, open_data, prepare, recorded_config, saved_logits, train_and_predict
 from src.files import read_json
-from src.folders import Paths, require_writable
+from src.folders import Paths, alone_in, require_writable
 from src.predict import loss_and_accuracy
 from src.studies.study import SEEDS, Row, Study, Times
 from src.studies.table import add_record, read_table, write_summary, write_table
@@ -111,12 +111,14 @@ def run_study(plan: Plan, paths: Paths, names: Sequence[str] = (), seeds: Sequen
     for needed in (folder, paths.runs, paths.cache):
         require_writable(needed)
     plan = replace(plan, fingerprint=open_data(plan.config(rows[0], seeds[0]), paths).fingerprint)
-    work = replace(paths, runs=paths.runs / study.name)
+    work = replace(paths, runs=paths.runs / study.name, backup=None)  # its table is what goes on
     jobs = [plan.job(name, seed) for seed in seeds for name in names]
-    refused = run_jobs(plan, missing_jobs(folder, jobs, plan), len(jobs), work)
-    write_summary(study, folder)
-    for job in jobs:  # also of rows that were done when a call before this one was cut off
-        shutil.rmtree(job.paths(work).runs, ignore_errors=True)
+    with alone_in(work.runs):
+        refused = run_jobs(plan, missing_jobs(folder, jobs, plan), len(jobs), work)
+        write_summary(study, folder)
+        for job in jobs:  # also of rows that were done when a call before this one was cut off
+            shutil.rmtree(job.paths(work).runs, ignore_errors=True)
+        (work.runs / ".lock").unlink(missing_ok=True)
     with suppress(OSError):  # other rows' training may be in there
         work.runs.rmdir()
     if refused:
@@ -157,6 +159,8 @@ def run_jobs(plan: Plan, jobs: list[Job], n_rows: int, paths: Paths) -> dict[str
             if job.row.name not in refused:
                 try:
                     add_record(study, folder, run_row(job, paths))
+                except NotNow:  # no fault of the row: what it has trained stays
+                    raise
                 except SetupError as error:
                     if str(error) in refused.values():
                         raise
@@ -171,7 +175,6 @@ def run_jobs(plan: Plan, jobs: list[Job], n_rows: int, paths: Paths) -> dict[str
 def run_row(job: Job, paths: Paths) -> dict:
     """Train and predict one row -> its record."""
     setup = prepare(job.config, job.paths(paths))
-    setup.run_folder.mkdir(parents=True, exist_ok=True)
     train_and_predict(setup)
     facts, scores = read_json(setup.run_folder / "facts.json"), {}
     for name in ("holdout", "valid"):

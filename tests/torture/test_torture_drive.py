@@ -12,7 +12,7 @@ import pytest
 from torture.attempts import tries
 from torture.warm import command, outputs
 
-from src import backup
+from src import NotNow, backup
 from src.backup import restore, save
 from src.files import sha256
 
@@ -134,6 +134,32 @@ def test_a_drive_that_is_gone_does_not_stop_the_run(run, tmp_path, capsys):
     assert not save(run, tmp_path / "drive")
     assert "no snapshot in" in capsys.readouterr().out
     assert not list(run.parent.glob("tmp*")), "nothing is left behind"
+
+
+def test_a_drive_that_does_not_answer_costs_no_snapshot(run, tmp_path, monkeypatch):
+    """To pass over what cannot be read just now would start anew and, two snapshots later, lose it."""
+    assert save(run, tmp_path / "drive")
+    before = files(tmp_path / "drive")
+    shutil.rmtree(run)
+
+    def fail(source: Path, target: Path) -> None:
+        raise OSError(5, "Input/output error")
+
+    with monkeypatch.context() as patches:
+        patches.setattr(backup.shutil, "copyfile", fail)
+        with pytest.raises(NotNow, match="Input/output error.*the drive is mounted"):
+            restore(tmp_path / "drive", run)
+    assert files(tmp_path / "drive") == before
+    assert restore(tmp_path / "drive", run)
+
+
+def test_a_snapshot_that_does_not_say_whose_it_is_stays_where_it_is(run, tmp_path, capsys):
+    assert save(run, tmp_path / "drive")
+    (run / "run.json").unlink()
+    assert save(run, tmp_path / "drive")
+    shutil.rmtree(run)
+    assert restore(tmp_path / "drive", run) and (run / "run.json").exists()
+    assert "does not say whose run it is" in capsys.readouterr().out
 
 
 def test_nothing_to_restore(tmp_path):
