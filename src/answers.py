@@ -221,4 +221,5 @@ def write_submission(path: Path, image_ids: Sequence[str], classes: Sequence[str
             f"{path} is not written: {len(twice)} file names occur more than once among the test images, "
             f"first {twice[0]!r}. A submission names images without their folder: rename them."
         )
-    write_csv(pd.DataFrame({"image_id": names, "class": list(classes)}).sort_values("image_id"), path)
+    table = pd.DataFrame({"image_id": names, "class": list(classes)}).sort_values("image_id")
+    write_csv(table, path, inert=False)  # a challenge wants names to the letter

@@ -25,7 +25,7 @@ from statsmodels.stats.contingency_tables import mcnemar
 from statsmodels.stats.proportion import proportion_confint
 
 from src import SetupError
-from src.files import write_csv
+from src.files import as_meant, write_csv
 
 N_BINS = 15  # of the calibration error, as in Guo et al. 2017
 N_EXTREMES = 5  # best and worst classes that `score` names
@@ -153,7 +153,7 @@ def _read_text(path: Path) -> pd.DataFrame:
         raise SetupError(f"{path} holds no rows. Run the arm again, or name another file.")
     if not isinstance(frame.index, pd.RangeIndex):
         raise SetupError(f"{path} has more cells in a row than names of columns. Quote cells with commas.")
-    return frame
+    return frame.map(as_meant)
 
 
 def _require(good_N: np.ndarray, path: Path, frame: pd.DataFrame, name: str, wanted: str) -> None:

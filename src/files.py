@@ -21,6 +21,9 @@ from src import NotNow, SetupError
 if TYPE_CHECKING:
     import pandas as pd
 
+# What a spreadsheet takes for a formula; of such a cell that has apostrophes already, all are kept.
+FORMULA = re.compile(r"'*[=+\-@\t\r]")
+
 
 def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
     """`write` beside `path`, flush to the disk, then move into place: readers see the old or the new.
@@ -88,17 +91,34 @@ def read_json(path: Path) -> Any:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-def write_csv(table: pd.DataFrame, path: Path, index: bool = False, **options: Any) -> None:
-    """`DataFrame.to_csv` in UTF-8, atomically; cells come back unchanged through `csv` and pandas.
+def write_csv(
+    table: pd.DataFrame, path: Path, index: bool = False, inert: bool = True, **options: Any
+) -> None:
+    """`DataFrame.to_csv` in UTF-8, atomically; cells come back through `csv` and pandas.
 
-    A lone carriage return ends a row for whoever reads, and is not quoted by itself: then all text is. A cell
-    that starts with = + - or @ is written as it is: let a spreadsheet import its column as text.
+    `inert`: text that a spreadsheet would run as a formula gets an apostrophe in front (OWASP, "CSV
+    injection"), which `as_meant` takes off. A lone carriage return ends a row for whoever reads, and is not
+    quoted by itself: then all text is.
     """
-    whole = table.reset_index() if index else table
-    texts = [*map(str, whole.columns), *whole.select_dtypes(exclude=["number", "bool"]).to_numpy().flat]
+    whole = table.reset_index(allow_duplicates=True) if index else table.copy()
+    places = [place for place, kind in enumerate(whole.dtypes) if kind.kind not in "biuf"]
+    if inert:
+        whole.columns = [_inert(name) for name in whole.columns]
+        for place in places:
+            whole.isetitem(place, whole.iloc[:, place].map(_inert))
+    texts = [*map(str, whole.columns), *whole.iloc[:, places].to_numpy().flat]
     quoting = csv.QUOTE_NONNUMERIC if any("\r" in str(text) for text in texts) else csv.QUOTE_MINIMAL
-    options |= {"index": index, "lineterminator": "\n", "quoting": quoting}
-    write_atomically(Path(path), lambda partial: table.to_csv(partial, **options))
+    options |= {"index": False, "lineterminator": "\n", "quoting": quoting}
+    write_atomically(Path(path), lambda partial: whole.to_csv(partial, **options))
+
+
+def _inert(cell: object) -> object:
+    return f"'{cell}" if isinstance(cell, str) and FORMULA.match(cell) else cell
+
+
+def as_meant(cell: object) -> object:
+    """A cell without the apostrophe that `write_csv` puts before what would be a formula."""
+    return cell[1:] if isinstance(cell, str) and cell.startswith("'") and FORMULA.match(cell) else cell
 
 
 def write_array(path: Path, array: np.ndarray) -> None:

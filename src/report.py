@@ -152,9 +152,9 @@ def save(figure: Figure, path: Path) -> None:
     write_atomically(path, lambda partial: figure.savefig(partial, **options))
 
 
-def write_csv(table: pd.DataFrame, path: Path, index: bool = False) -> None:
+def write_csv(table: pd.DataFrame, path: Path, index: bool = False, inert: bool = True) -> None:
     """The table with numbers of `DIGITS` significant digits."""
-    files.write_csv(table, path, index, float_format=f"%.{DIGITS}g")
+    files.write_csv(table, path, index, inert, float_format=f"%.{DIGITS}g")
 
 
 def rounded(value: object) -> object:

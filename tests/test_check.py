@@ -233,7 +233,7 @@ def ablated(repo) -> Path:
     """The sound repository with an ablation, its summary and its table in the README."""
     folder = repo / "results" / "ablation"
     folder.mkdir()
-    write_csv(made_up(), folder / "ablation.csv")
+    write_csv(made_up(), folder / "ablation.csv", inert=False)
     write_words(ABLATION, folder, read_table(ABLATION, folder))
     write(repo / "README.md", readme.rewritten((repo / "README.md").read_text(encoding="utf-8"), repo))
     return folder
@@ -260,15 +260,15 @@ def test_an_ablation_s_summary_is_that_of_its_rows(ablated, repo, name, fault):
 def test_an_ablation_with_other_rows_than_its_summary(ablated, repo):
     table = read_table(ABLATION, ablated)
     table.loc[5, "valid_accuracy"] += 0.001
-    write_csv(table, ablated / "ablation.csv")
+    write_csv(table, ablated / "ablation.csv", inert=False)
     assert len(check.studies(repo)) == 2
-    write_csv(table[:0], ablated / "ablation.csv")
+    write_csv(table[:0], ablated / "ablation.csv", inert=False)
     [failure] = check.studies(repo)
     assert failure == "results/ablation/ablation.csv: has no rows; run `python -m src.experiment ablation`"
 
 
 def test_a_damaged_ablation_is_a_failure_not_a_crash(ablated, repo, capsys):
-    write_csv(read_table(ABLATION, ablated).drop(columns="valid_loss"), ablated / "ablation.csv")
+    write_csv(read_table(ABLATION, ablated).drop(columns="valid_loss"), ablated / "ablation.csv", inert=False)
     assert check.main(repo) == 1
     assert "could not be checked: 'valid_loss'" in capsys.readouterr().out
 
@@ -276,7 +276,7 @@ def test_a_damaged_ablation_is_a_failure_not_a_crash(ablated, repo, capsys):
 def test_the_remedy_mends_summary_and_readme(ablated, repo, monkeypatch):
     table = read_table(ABLATION, ablated)
     table.loc[5, "valid_accuracy"] += 0.1
-    write_csv(table, ablated / "ablation.csv")
+    write_csv(table, ablated / "ablation.csv", inert=False)
     monkeypatch.delitem(readme.PAGES, "bench/README.md")
     before = (repo / "README.md").read_text(encoding="utf-8")
     assert check.studies(repo)

@@ -91,8 +91,8 @@ def leave_ablation(results: Path) -> pd.DataFrame:
     same |= {"gflops": 1, "epochs": 2, "n_fit": 100, "backbone": "some_net.in1k", "image_size": 64}
     same |= {"data": "made up", "protocol": "holdout", "hardware": "a CPU"}
     table = pd.DataFrame(lines).assign(**same)
-    report.write_csv(table, results / "ablation" / "ablation.csv")
-    report.write_csv(summarise(ABLATION, table), results / "ablation" / "summary.csv")
+    report.write_csv(table, results / "ablation" / "ablation.csv", inert=False)
+    report.write_csv(summarise(ABLATION, table), results / "ablation" / "summary.csv", inert=False)
     return summarise(ABLATION, table)
 
 

@@ -11,7 +11,7 @@ import pandas as pd
 from src import SetupError
 from src.analysis import read_superclasses, sources, superclass_of_class
 from src.evaluate import class_texts, confusion, paired, read_predictions
-from src.files import read_json
+from src.files import as_meant, read_json
 from src.studies import ABLATION
 from src.studies.table import about, read_summary, read_table
 
@@ -137,5 +137,5 @@ def _read_gallery(results: Path) -> tuple[Gallery | None, bool]:
     if found["source_sha256"] != sources(results, found["source_sha256"]):
         return None, True
     return Gallery(
-        sheet.read_bytes(), found["gallery"]["columns"], pd.read_csv(table, na_filter=False)
+        sheet.read_bytes(), found["gallery"]["columns"], pd.read_csv(table, na_filter=False).map(as_meant)
     ), False

@@ -26,6 +26,8 @@ COLUMNS = {
     "difference": "---:",
     "verdict": "---",
 }
+# Of rows that leave an ingredient out, the verdict on the ingredient.
+WITHOUT = {"helps": "better without it", "hurts": "worse without it"}
 
 
 def read_table(study: Study, folder: Path) -> pd.DataFrame:
@@ -45,7 +47,7 @@ def write_table(study: Study, folder: Path, table: pd.DataFrame) -> None:
     order = {row.name: place for place, row in enumerate(study.rows)}
     table = table[table["row"].isin(order)]
     table = table.sort_values(["row", "seed"], key=lambda c: c.map(order) if c.name == "row" else c)
-    write_csv(table, folder / f"{study.name}.csv")
+    write_csv(table, folder / f"{study.name}.csv", inert=False)  # names of rows are ours, and start with +
 
 
 def add_record(study: Study, folder: Path, record: dict) -> None:
@@ -119,7 +121,7 @@ def write_words(study: Study, folder: Path, table: pd.DataFrame) -> pd.DataFrame
     """`summary.csv` and `summary.md`, which follow from the table to the letter; returns the summary."""
     summary = summarise(study, table)
     words = text(study, summary, about(study, table))
-    write_csv(summary, folder / "summary.csv")
+    write_csv(summary, folder / "summary.csv", inert=False)
     write_atomically(folder / "summary.md", lambda p: p.write_text(words, encoding="utf-8"))
     return summary
 
@@ -187,7 +189,7 @@ def markdown(summary: pd.DataFrame, columns: Sequence[str] = tuple(COLUMNS)) -> 
             "seeds": str(line.seeds),
             "against": line.against,
             "difference": difference,
-            "verdict": line.verdict,
+            "verdict": WITHOUT.get(line.verdict, line.verdict) if ", without " in line.row else line.verdict,
         }
         lines.append([cells[column] for column in columns])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)

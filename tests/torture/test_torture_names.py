@@ -22,7 +22,7 @@ from src import files, report
 from src.answers import PLACES, answer_table, write_answers, write_submission
 from src.evaluate import confusion, per_class, prediction_frame, read_predictions, write_predictions
 from src.experiment import run
-from src.files import write_csv
+from src.files import as_meant, write_csv
 
 # What programs take for a number, a missing value, a formula, the end of a cell or of a row.
 ODD = (
@@ -53,10 +53,16 @@ def by_pandas(path: Path) -> list[list[str]]:
     return pd.read_csv(path, **options).to_numpy().tolist()
 
 
+def inert(cell: object) -> str:
+    """What may not run in a spreadsheet has an apostrophe in front, and stays apart from what had one."""
+    is_formula = isinstance(cell, str) and cell.lstrip("'").startswith(("=", "+", "-", "@", "\t", "\r"))
+    return f"'{cell}" if is_formula else str(cell)
+
+
 def cells(table: pd.DataFrame) -> list[list[str]]:
     """A table's header and rows as text; what is missing is empty."""
     rows = table.astype(object).where(table.notna(), "").to_numpy().tolist()
-    return [list(map(str, table.columns)), *([str(value) for value in row] for row in rows)]
+    return [[inert(cell) for cell in row] for row in ([*table.columns], *rows)]
 
 
 def require_same(path: Path, expected: list[list[str]]) -> None:
@@ -131,6 +137,13 @@ def test_tables_come_back_cell_for_cell(kind: Callable, tmp_path, tally):
             kind(tmp_path / "table.csv", ids, wnids, names)
 
     attempted()
+
+
+@given(text)
+def test_nothing_runs_and_everything_comes_back(each):
+    """What OWASP lists as the beginning of a formula."""
+    written = files._inert(each)
+    assert not written.startswith(("=", "+", "-", "@", "\t", "\r")) and as_meant(written) == each
 
 
 @pytest.mark.usefixtures("unflushed")
@@ -208,9 +221,9 @@ def test_odd_classes_and_files_go_from_the_disk_to_every_table(weights, tmp_path
         assert set(frame["Image_Id"]) == on_disk and len(frame) == len(on_disk)
     with attempts.attempt("the run's classes"):
         rows = by_csv(results / "baseline_per_class_accuracy.csv")
-        assert [row[2] for row in rows[1:]] == classes
+        assert [row[2] for row in rows[1:]] == list(map(inert, classes))
         rows = by_csv(results / "baseline_confusion_matrix.csv")
-        assert rows[0][1:] == [row[0] for row in rows[1:]] == classes
+        assert rows[0][1:] == [row[0] for row in rows[1:]] == list(map(inert, classes))
     for place in ("", str(unlabelled)):
         with attempts.attempt(f"answers for {place or 'the test images'}"):
             out = tmp_path / f"answers{len(place)}.csv"
@@ -218,7 +231,8 @@ def test_odd_classes_and_files_go_from_the_disk_to_every_table(weights, tmp_path
             header, *rows = by_csv(out)
             assert by_pandas(out) == [header, *rows] and header[1] == PLACES[0][0]
             expected = sorted(f"{f}/{f}.png" if place else f"test/{f}.png" for f in images)
-            assert [row[0] for row in rows] == expected and {row[1] for row in rows} <= set(classes)
+            assert [row[0] for row in rows] == list(map(inert, expected))
+            assert {row[1] for row in rows} <= set(map(inert, classes))
     with attempts.attempt("the submission"):
         rows = by_csv(tmp_path / "submission.csv")
         assert [row[0] for row in rows[1:]] == sorted(f"{file}.png" for file in images)
