@@ -79,6 +79,7 @@ def repo(tmp_path: Path) -> Path:
     metrics |= {"epochs": 2, "best_epoch": 1, "hardware": "cpu", "seconds": {"total": 60}}
     metrics |= {"config": {"model": {"trainable": "none"}}}
     write(folder / "metrics.json", json.dumps({**metrics, **score(frame)}, default=str))
+    write(tmp_path / torture.TABLE, torture.gathered(torture_records()).to_csv(index=False))
     write(tmp_path / "README.md", readme.rewritten(README, tmp_path))
     return tmp_path
 
@@ -383,14 +384,71 @@ def test_repo_url(repo, name):
     assert len(check.repo_url(repo)) == 1
 
 
-def test_the_reliability_table_is_replaced_row_by_row(repo):
+def torture_records(**changed: tuple[int, int]) -> list[dict]:
+    """Every fault as often as promised, but for `changed`: tried and survived."""
+    rows = {name: (figure, figure) for name, (_, _, figure) in torture.FAULTS.items()} | changed
+    return [{"name": name, "tried": tried, "survived": n} for name, (tried, n) in rows.items()]
+
+
+def test_the_reliability_table_is_replaced_row_by_row():
     """What ran takes the place of what was there; other faults keep their rows, in the list's order."""
     names = list(torture.FAULTS)
-    first = torture.gathered([{"name": names[2], "tried": 3, "survived": 3}])
-    both = [{"name": names[0], "tried": tried, "survived": tried} for tried in (4, 5)]
+    first = torture.gathered([{"name": names[2], "tried": 3000, "survived": 3000}])
+    both = [{"name": names[0], "tried": tried, "survived": tried} for tried in (4, 500)]
     table = torture.updated(torture.updated(first, first), torture.gathered(both))
     assert table["fault"].tolist() == [torture.FAULTS[names[i]][0] for i in (0, 2)]
-    assert table[["tried", "survived"]].to_numpy().tolist() == [[9, 9], [3, 3]]
-    write(repo / torture.TABLE, table.assign(survived=[9, 2]).to_csv(index=False))
-    assert check.reliability(repo) == [f"{torture.FAULTS[names[2]][0]}: 2 of 3 survived"]
-    assert readme.reliability(repo).endswith(f"| {torture.FAULTS[names[2]][1]} | 3 | 2 |")
+    assert table[["tried", "survived"]].to_numpy().tolist() == [[504, 504], [3000, 3000]]
+
+
+def test_too_few_attempts_replace_no_row():
+    """Not even where some of them failed: pytest says so, and the table is of whole runs."""
+    fault, _, figure = torture.FAULTS["kill"]
+    before = torture.gathered(torture_records(kill=(figure + 5, figure + 5)))
+    for few in ((0, 0), (figure - 1, figure - 1), (figure - 1, 0)):
+        assert torture.updated(before, torture.gathered(torture_records(kill=few))).equals(before)
+    now = torture.gathered(torture_records(kill=(figure, figure - 2)))
+    row = torture.updated(before, now).set_index("fault").loc[fault]
+    assert (row["tried"], row["survived"]) == (figure, figure - 2)
+
+
+def test_reliability_is_checked_against_what_is_promised(repo):
+    fault, promise, figure = torture.FAULTS["two_runs"]
+    for changed, failures in (
+        ((figure, figure), []),
+        ((figure - 1, figure - 1), [f"{fault}: {figure - 1} attempts, {figure} are promised"]),
+        ((figure, figure - 2), [f"{fault}: {figure - 2} of {figure} survived"]),
+    ):
+        table = torture.gathered(torture_records(two_runs=changed))
+        write(repo / torture.TABLE, table.to_csv(index=False))
+        assert check.reliability(repo) == failures
+        assert f"| {promise} | {changed[0]} | {changed[1]} |" in readme.reliability(repo)
+    write(repo / torture.TABLE, table[table["fault"] != fault].to_csv(index=False))
+    assert check.reliability(repo) == [f"{fault}: never tried, {figure} attempts are promised"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "changed", "pytest_status", "status", "said"),
+    [
+        ([], {}, 0, 0, ""),
+        (["-k", "drive"], {"kill": None}, 0, 0, ""),  # not asked for
+        ([], {"kill": None}, 0, 1, "never tried, 220 attempts are promised"),
+        (["-k", "kill"], {"kill": (3, 3)}, 0, 1, "left out of results/reliability.csv: kill -9 at any"),
+        ([], {"drive": (50, 49)}, 1, 1, "pytest failed: its exit status is 1"),
+        ([], {}, 3, 3, "pytest failed: its exit status is 3"),
+    ],
+)
+def test_torture_fails_where_too_little_ran(
+    arguments, changed, pytest_status, status, said, tmp_path, monkeypatch, capsys
+):
+    def run(command, cwd, env):
+        records = torture_records(**{name: tried for name, tried in changed.items() if tried})
+        for record in (record for record in records if changed.get(record["name"], ()) is not None):
+            write(Path(env["TORTURE_RECORDS"]) / f"{record['name']}.json", json.dumps(record))
+        return subprocess.CompletedProcess(command, pytest_status)
+
+    monkeypatch.setattr(torture, "ROOT", tmp_path)
+    monkeypatch.setattr(torture.subprocess, "run", run)
+    assert torture.main(arguments) == status
+    assert said in capsys.readouterr().out
+    kept = torture.read(tmp_path / torture.TABLE)["fault"].tolist()
+    assert (torture.FAULTS["kill"][0] in kept) == ("kill" not in changed)
