@@ -58,6 +58,8 @@ EVERYTHING = "tests/test_train.py::test_everything_at_once_cut_off_and_resumed"
 MIXED = "tests/test_train.py::test_parts_of_a_mixed_weighted_and_penalised_step_are_the_whole_batch"
 NUMBERS = "tests/torture/test_torture_numbers.py"
 DRIVE = "tests/torture/test_torture_drive.py"
+LAYOUTS = "tests/torture/test_torture_layouts.py"
+ARCHIVES = "tests/torture/test_torture_archives.py"
 AGREE = "tests/torture/test_torture_processes.py::test_processes_agree[improvement, mixed, penalty]"
 
 MUTANTS = (
@@ -110,6 +112,15 @@ MUTANTS = (
         "kept = (path.stem, _newest_whole_before(path))",
         "kept = (path.stem,)",
         ("tests/test_checkpoint.py::test_round_trip_and_two_generations",),
+    ),
+    Mutant(
+        "the newest checkpoint is the one with the latest time",
+        "src/checkpoint.py",
+        "sorted(stems, reverse=True)",
+        "sorted(\n        stems,\n"
+        "        key=lambda stem: max(path.stat().st_mtime for path in folder.glob(f'{stem}.*')),\n"
+        "        reverse=True,\n    )",
+        ("tests/torture/test_torture_checkpoints.py::test_damaged_is_named_and_the_one_before_it_used",),
     ),
     # ------------------------------------------------------------------------ images and their labels
     Mutant(
@@ -204,6 +215,13 @@ MUTANTS = (
         'split = "valid" if top in VALID_FOLDERS else "train" if top == "train" else ""',
         'split = "train" if top in VALID_FOLDERS or top == "train" else ""',
         ("tests/test_sources.py::test_image_folder_uses_its_own_valid",),
+    ),
+    Mutant(
+        "a class may be in train alone",
+        "src/data/sources/images.py",
+        '        if "valid" in used:\n',
+        '        if "test" in used:\n',
+        (f"{LAYOUTS}::test_contradictions_are_refused[class in train alone]",),
     ),
     # ------------------------------------------------------------------------------ who is trained on
     Mutant(
@@ -437,6 +455,13 @@ MUTANTS = (
         (f"{EVERYTHING}[train_step-5-test_convnext.r160_in1k]",),
     ),
     Mutant(
+        "a resumed epoch has forgotten the losses of its first half",
+        "src/train.py",
+        'Progress(**payload["progress"])',
+        'Progress(**payload["progress"] | {"loss_sum": 0.0})',
+        ("tests/torture/test_torture_kill.py::test_killed_until_done[baseline in images]",),
+    ),
+    Mutant(
         "a resumed epoch begins with its first step again",
         "src/train.py",
         "batches.epoch(train.seed, progress.epoch, progress.step)",
@@ -478,6 +503,13 @@ MUTANTS = (
         "if expected_sha256 and found_sha256 != expected_sha256:",
         "if not found_sha256:",
         ("tests/test_model.py::test_pinned_hash_is_checked",),
+    ),
+    Mutant(
+        "a file of weights may run code",
+        "src/model/build.py",
+        "weights_only=True",
+        "weights_only=False",
+        (f"{ARCHIVES}::test_pickles_run_no_code_wherever_files_are_read[weights .pth]",),
     ),
     Mutant(
         "images are resized without antialiasing for the model",
@@ -588,6 +620,20 @@ MUTANTS = (
         "if changed := configs.differences(identity, before):",
         "if changed := configs.differences(identity, identity):",
         ("tests/test_experiment.py::test_where_the_data_lay_is_no_part_of_a_run",),
+    ),
+    Mutant(
+        "a run of a configuration that differs in one field is gone on with",
+        "src/experiment.py",
+        "if changed := configs.differences(identity, before):",
+        "if changed := configs.differences(identity, before)[1:]:",
+        ("tests/torture/test_torture_weights.py::test_other_weights_are_refused",),
+    ),
+    Mutant(
+        "whether a folder can be written to is found out after training",
+        "src/folders.py",
+        '            probe.write_bytes(b"x")\n',
+        "            probe.exists()\n",
+        ("tests/torture/test_torture_disk.py::test_a_read_only_folder_is_refused_before_training[results]",),
     ),
     Mutant(
         "gradients of several processes are averaged, not added",

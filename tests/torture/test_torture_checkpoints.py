@@ -47,13 +47,16 @@ def is_payload(found: dict | None, step: int) -> bool:
 
 @pytest.fixture
 def three(tmp_path) -> Callable[[], Path]:
-    """`three()` -> a folder after three saves: checkpoints 2 and 3 are there."""
+    """`three()` -> a folder after three saves: checkpoints 2 and 3 are there, and 2 seems to be the later."""
     for step in (1, 2, 3):
         checkpoint.save(tmp_path / "whole", step, payload(step))
 
     def fresh() -> Path:
         shutil.rmtree(tmp_path / "run", ignore_errors=True)
-        return Path(shutil.copytree(tmp_path / "whole", tmp_path / "run"))
+        folder = Path(shutil.copytree(tmp_path / "whole", tmp_path / "run"))
+        for path in folder.glob(f"{OLDER}.*"):
+            os.utime(path, (2**32, 2**32))
+        return folder
 
     return fresh
 

@@ -35,6 +35,7 @@ if mounts:
     for folder in (place, read_only):
         subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", folder], check=True)
     subprocess.run(["mount", "-o", "remount,ro", read_only], check=True)
+    subprocess.run(["mount", "--bind", "/dev/full", "/dev/full"], check=True)  # nobody may move a file there
 
 from src import commands, report
 
@@ -264,3 +265,15 @@ def test_a_read_only_folder_is_refused_before_training(name, mounted, inputs, ta
         assert str(mounted.read_only) in message and f"--{name}" in message
         files = [path for path in (mounted.outside / folder).rglob("*") if path.is_file()]
         assert not files and "epoch" not in ended.said
+
+
+def test_answers_into_a_full_device(mounted, whole, inputs, tally):
+    """`--out /dev/full`: the device stays what it is, and nothing is left beside it."""
+    with tally("disk_full").attempt("predict --out /dev/full"):
+        arguments = ["predict", "--preset", *arguments_of(mounted.inside / "whole", inputs)]
+        images = ["--images", str(inputs / "pets" / "valid"), "--out", "/dev/full"]
+        ended = mounted.run("none", [*arguments, *images])
+        message = ended.said.rpartition("error: ")[2]
+        assert ended.statuses == [2] and "Traceback" not in ended.said, ended.said[-3000:]
+        assert "/dev" in message and re.search("another|Make room", message), message
+        assert Path("/dev/full").is_char_device() and not list(Path("/dev").glob(".*full*.partial"))

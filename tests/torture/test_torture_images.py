@@ -1,4 +1,8 @@
-"""Images that are damaged, no images or bombs are named, never stored; all others have the right pixels."""
+"""Images that are damaged, no images or bombs are named, never stored; all others have the right pixels.
+
+The mutations are drawn by `random.Random(seed)`, not by Hypothesis: a seed repeats each of them, and hundreds
+of files go through one child with caps on memory and time.
+"""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
 """Folders and tables that contradict themselves are refused before anything is decoded; clutter is harmless.
 
 The faults of the studies' own lists are in tests/test_layouts.py, those of Tiny-ImageNet's in
-tests/test_sources.py.
+tests/test_sources.py. They are drawn by seed in this process, without Hypothesis and without caps on memory
+and time: a seed repeats a tree, and no tree is larger than a few files.
 """
 
 from __future__ import annotations

@@ -5,6 +5,7 @@ A start then takes milliseconds, so that it can be killed hundreds of times.
 
 from __future__ import annotations
 
+import glob
 import json
 import os
 import signal
@@ -56,12 +57,16 @@ class Warm:
         self.process.stdin.close()
         self.process.wait(300)
 
-    def run(self, arguments: list[str], kill: int | None = None, after: float = 600.0, **how: int) -> Ended:
-        """The command line; process number `kill` gets SIGKILL `after` seconds.
+    def run(
+        self, arguments: list[str], kill: int | None = None, after: float = 600.0, when: str = "", **how
+    ) -> Ended:
+        """The command line; process number `kill` gets SIGKILL `after` seconds, or `when` a glob has a match.
 
         `processes=2`: one run in two processes, as `accelerate launch` starts them. `copies=2`: two runs.
+        `more=[[...], [...]]`: what the command lines of several copies end with, each its own.
         """
-        order = {"processes": 1, "copies": 1, **how, "arguments": arguments, "kill": kill, "after": after}
+        order = {"processes": 1, "copies": 1, "more": [], **how, "arguments": arguments}
+        order |= {"kill": kill, "after": after, "when": when}
         self.process.stdin.write(json.dumps({**order, "log": str(self.log)}) + "\n")
         self.process.stdin.flush()
         answer = json.loads(self.process.stdout.readline())
@@ -99,9 +104,9 @@ def serve() -> None:
         order = json.loads(line)
         order["port"] = free_port()
         started = time.monotonic()
-        n = max(order["processes"], order["copies"])
+        n = max(order["processes"], order["copies"], len(order["more"]))
         children = [fork(main, order, rank) for rank in range(n)]
-        statuses = wait_for(children, order["kill"], started + order["after"])
+        statuses = wait_for(children, order["kill"], started + order["after"], order["when"])
         print(
             json.dumps({"statuses": statuses, "seconds": time.monotonic() - started}),
             file=answers,
@@ -124,7 +129,7 @@ def fork(main: Callable[[list[str]], int], order: dict, rank: int) -> int:
             place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": order["processes"]}
             place |= {"LOCAL_WORLD_SIZE": order["processes"], "MASTER_PORT": order["port"]}
             os.environ.update({name: str(value) for name, value in place.items()}, MASTER_ADDR="127.0.0.1")
-        status = main(order["arguments"])
+        status = main(order["arguments"] + (order["more"][rank] if order["more"] else []))
     except SystemExit as end:
         status = end.code or 0
     except BaseException:
@@ -137,17 +142,18 @@ def fork(main: Callable[[list[str]], int], order: dict, rank: int) -> int:
         os._exit(status)
 
 
-def wait_for(children: list[int], kill: int | None, moment: float) -> list[int]:
-    """Exit statuses of all; number `kill` is killed at the `moment` if it is still there."""
+def wait_for(children: list[int], kill: int | None, moment: float, when: str) -> list[int]:
+    """Exit statuses of all; number `kill` is killed at the `moment`, or `when` a glob has a match."""
     statuses: dict[int, int] = {}
     while len(statuses) < len(children):
         for pid in children:
             if pid not in statuses and (found := os.waitpid(pid, os.WNOHANG))[0]:
                 statuses[pid] = os.waitstatus_to_exitcode(found[1])
-        if kill is not None and time.monotonic() >= moment and children[kill] not in statuses:
+        due = time.monotonic() >= moment or (when and any(glob.iglob(when, include_hidden=True)))
+        if kill is not None and due and children[kill] not in statuses:
             os.kill(children[kill], signal.SIGKILL)
             kill = None
-        time.sleep(0.002)
+        time.sleep(0.0002 if when else 0.002)
     return [statuses[pid] for pid in children]
 
 
