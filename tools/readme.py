@@ -48,7 +48,7 @@ def study(of: Study, root: Path) -> str:
     folder = of.path(root / "results")
     if not (folder / "summary.csv").exists():
         return f"not run yet: `python -m src.experiment {of.name}`"
-    table = markdown(read_summary(folder / "summary.csv"), ("row", "valid", "difference", "verdict"))
+    table = markdown(read_summary(folder / "summary.csv"), ("row", "valid", "ECE", "difference", "verdict"))
     return f"{about(of, read_table(of, folder))}.\n\n{table}"
 
 
