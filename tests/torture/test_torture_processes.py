@@ -167,7 +167,7 @@ def test_several_runs_on_one_folder(warm, inputs, tmp_path, tally):
     whole = warm.run(command(tmp_path / "whole", "improvement", inputs))
     assert whole.statuses == [0], whole.said
     expected = outputs(tmp_path / "whole", "improvement")
-    for number in range(tries(100, 2)):
+    for number in range(tries(100, 1)):
         copies = 2 + number % 7
         with attempts.attempt(f"{copies} at once"):
             ended = warm.run(command(tmp_path / str(number), "improvement", inputs), copies=copies)
@@ -184,7 +184,7 @@ def test_several_configurations_on_one_folder(warm, inputs, tmp_path, tally):
         rates = [["--set", f"optim.lr={(rank + 1) * 1e-4:g}"] for rank in range(copies)]
         with attempts.attempt(f"{copies} learning rates at once"):
             arguments = command(tmp_path / str(number), "improvement", inputs)
-            ended = warm.run(arguments, more=rates)
+            ended = warm.run(arguments, more=rates, pause=1)
             assert sorted(ended.statuses) == [0] + [2] * (copies - 1), ended
             told = ended.said.count("error: another process is at work on the run in")
             told += ended.said.count("holds a run of another configuration")

@@ -63,9 +63,10 @@ class Warm:
         """The command line; process number `kill` gets SIGKILL `after` seconds, or `when` a glob has a match.
 
         `processes=2`: one run in two processes, as `accelerate launch` starts them. `copies=2`: two runs.
-        `more=[[...], [...]]`: what the command lines of several copies end with, each its own.
+        `more=[[...], [...]]`: what the command lines of several copies end with, each its own. `pause=1`:
+        each waits a second before it writes its splits, as on a slow drive: several begin at once.
         """
-        order = {"processes": 1, "copies": 1, "more": [], **how, "arguments": arguments}
+        order = {"processes": 1, "copies": 1, "more": [], "pause": 0, **how, "arguments": arguments}
         order |= {"kill": kill, "after": after, "when": when}
         self.process.stdin.write(json.dumps({**order, "log": str(self.log)}) + "\n")
         self.process.stdin.flush()
@@ -129,6 +130,7 @@ def fork(main: Callable[[list[str]], int], order: dict, rank: int) -> int:
             place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": order["processes"]}
             place |= {"LOCAL_WORLD_SIZE": order["processes"], "MASTER_PORT": order["port"]}
             os.environ.update({name: str(value) for name, value in place.items()}, MASTER_ADDR="127.0.0.1")
+        wait_before_splits(order["pause"])
         status = main(order["arguments"] + (order["more"][rank] if order["more"] else []))
     except SystemExit as end:
         status = end.code or 0
@@ -140,6 +142,18 @@ def fork(main: Callable[[list[str]], int], order: dict, rank: int) -> int:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)
+
+
+def wait_before_splits(seconds: float) -> None:
+    from src.data.splits import Splits
+
+    save = Splits.save
+
+    def save_later(self: Splits, path: Path) -> None:
+        time.sleep(seconds)
+        save(self, path)
+
+    Splits.save = save_later
 
 
 def wait_for(children: list[int], kill: int | None, moment: float, when: str) -> list[int]:
