@@ -97,8 +97,8 @@ def write_answers(config: Config, paths: Paths, images: str, out: Path) -> list[
     Raises `SetupError` for a run that is not finished, images that cannot be read, data without test images
     and a place that cannot be written to.
     """
-    if out.is_dir() or (not images and out.name == SUBMISSION):
-        raise SetupError(f"--out {out} is a folder, or the submission's place. Name another file.")
+    if (out.exists() and not out.is_file()) or (not images and out.name == SUBMISSION):
+        raise SetupError(f"--out {out} is a folder or a device, or the submission's place. Name another file.")
     require_writable(out.parent)
     folder = UnlabelledFolder(Path(images).expanduser()) if images else None
     setup = run(as_it_ran(config, finished_run(config, paths)), paths).setup
