@@ -377,6 +377,17 @@ def test_ignored_files_may_be_large(repo):
     assert check.sizes(repo) == []
 
 
+@pytest.mark.parametrize("name", ["a-0.0.0-py3-none-any.whl", "data/Photos.ZIP", "a.tar.gz"])
+def test_archives(repo, name):
+    assert check.archives(repo) == []
+    write(repo / name, "")
+    assert len(found := check.archives(repo)) == 1 and name in found[0]
+    write(repo / ".gitignore", f"{name}\n")
+    assert check.archives(repo) == []  # on the disk alone it is nobody's trouble
+    subprocess.run(["git", "-C", str(repo), "add", "--force", name], check=True)
+    assert len(check.archives(repo)) == 1
+
+
 @pytest.mark.parametrize("name", ["README.md", "CITATION.cff", "notebook/N.ipynb"])
 def test_repo_url(repo, name):
     assert check.repo_url(repo) == []

@@ -29,6 +29,21 @@ from tools import readme, torture
 
 MAX_CODE_CELLS, MAX_CODE_LINES = 12, 60
 MEGABYTE = 1_000_000
+ARCHIVES = (
+    ".whl",
+    ".egg",
+    ".zip",
+    ".tar",
+    ".gz",
+    ".tgz",
+    ".bz2",
+    ".xz",
+    ".zst",
+    ".7z",
+    ".rar",
+    ".jar",
+    ".deb",
+)
 # Tracked files that may pass 1 MB, each with its reason; none may pass 10 MB.
 LARGE_FILES: dict[str, str] = {
     "results/report.html": "one file to open and to send: data, thumbnails and script lie inside",
@@ -261,6 +276,12 @@ def sizes(root: Path) -> list[str]:
     return failures
 
 
+def archives(root: Path) -> list[str]:
+    """No tracked archive or wheel: nobody sees what changes in it, and installers leave them behind."""
+    packed = [name for name in tracked(root) if name.lower().endswith(ARCHIVES)]
+    return [f"{name}: is an archive; `git rm` it, and name where it comes from instead" for name in packed]
+
+
 def repo_url(root: Path) -> list[str]:
     """One address of the repository, in notebooks, badges, clone commands and CITATION.cff."""
     patterns = (
@@ -283,7 +304,7 @@ def repo_url(root: Path) -> list[str]:
 
 CHECKS = (
     *(lint, notebooks, executed_copies, readme_names, readme_numbers),
-    *(results, studies, weights, derived, reliability, sizes, repo_url),
+    *(results, studies, weights, derived, reliability, sizes, archives, repo_url),
 )
 
 
