@@ -85,7 +85,7 @@ def main() -> None:
     }
     case = take_turns(ways, options.rounds)
     rows = {
-        f"epochs_{n}": case.row(f"epochs_{n}", f"baseline arm, {n} epochs", "s")
+        f"epochs_{n}": case.row(f"epochs_{n}", f"baseline arm, {n} epoch{'s' * (n > 1)}", "s")
         for n in SHOWN
         if n <= options.epochs
     }

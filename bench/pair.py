@@ -52,7 +52,7 @@ class Case:
         ratio = _summary(ratios)
         told = ", ".join(f"{way} {spread(values)}" for way, values in both.items())
         print(f"{what}: {told} {unit}: {spread(ratio)} times", flush=True)
-        return {"what": what, "unit": unit, **both, "ratio": ratio}
+        return {"what": what, "unit": unit, "rounds": len(ratios), **both, "ratio": ratio}
 
 
 def _summary(values: list[float]) -> dict[str, float]:

@@ -8,6 +8,14 @@ from pathlib import Path
 
 UNMEASURED = "not measured yet"
 PREFIXES = {"arms": "from an empty cache to the last figure: "}  # of what a benchmark's rows are called
+# A benchmark's rows in words, where the speed table says what their images were.
+TOPICS = {
+    "input": "batches and decoding",
+    "start": "second start",
+    "baseline": "epochs of the baseline arm",
+    "train_step": "training step",
+    "arms": "from an empty cache to the last figure",
+}
 # benchmark, row: the stages of the speed table
 STAGES = (
     ("input", "train_224"),
@@ -29,21 +37,29 @@ STAGES = (
 
 
 def speed(root: Path) -> str:
-    """One table for each machine that was measured; a GPU's cells say so while none was."""
+    """One table for each machine that was measured, under the images it took; a line while no GPU was."""
     folders = sorted(path for path in (root / "bench" / "results").glob("*") if path.is_dir())
     tables = [_speed_table(folder) for folder in folders]
     if all("cpu-core" in folder.name for folder in folders):
-        stages = [_stage(folders, *stage)["what"] for stage in STAGES if _stage(folders, *stage)]
-        cells = f"{UNMEASURED} | {UNMEASURED} | {UNMEASURED}"
-        rows = [f"| {what} | {cells} |" for what in stages]
-        tables.append("\n".join([_speed_header("A GPU (`make bench` fills this table)"), *rows]))
+        tables.append(f"On a GPU: {UNMEASURED}; `make bench` there adds a table.")
     return "\n\n".join(tables)
 
 
 def _speed_table(folder: Path) -> str:
     stages = [row for stage in STAGES if (row := _stage([folder], *stage))]
     hardware = json.loads(next(folder.glob("*.json")).read_text(encoding="utf-8"))["hardware"]
-    return "\n".join([_speed_header(hardware), *map(_speed_row, stages)])
+    header = f"| {hardware} | conventional | here | times faster |\n| --- | --- | --- | --- |"
+    return _taken(folder) + "\n".join([header, *map(_speed_row, stages)])
+
+
+def _taken(folder: Path) -> str:
+    """Which images every benchmark of the speed table took, as its file says."""
+    taken = []
+    for benchmark, topic in TOPICS.items():
+        path = folder / f"{benchmark}.json"
+        if path.exists() and (data := json.loads(path.read_text(encoding="utf-8")).get("data")):
+            taken.append(f"{topic} ({data})")
+    return f"Images behind the rows, so many of each class: {'; '.join(taken)}.\n\n" if taken else ""
 
 
 def _speed_row(row: dict) -> str:
@@ -54,10 +70,6 @@ def _speed_row(row: dict) -> str:
         f"**{ratio['median']:.1f}** [{ratio['low']:.1f}, {ratio['high']:.1f}]",
     )
     return f"| {' | '.join(cells)} |"
-
-
-def _speed_header(hardware: str) -> str:
-    return f"| {hardware} | conventional | here | times faster |\n| --- | --- | --- | --- |"
 
 
 def _stage(folders: list[Path], benchmark: str, row: str) -> dict | None:

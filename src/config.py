@@ -2,7 +2,7 @@
 
 A *preset* (`BASELINE`, `IMPROVEMENT`, `BEST`) is a method; a *profile* (`quick`, `offline`, `full`) says on
 which data, with which weights and at which size that method runs. Every ingredient of the recipe is one
-field; at its default it does nothing.
+field; presets set those they use.
 """
 
 from __future__ import annotations

@@ -122,7 +122,7 @@ def test_row_is_round_by_round(capsys):
         }
     )
     row = case.row("seconds", "a thing", "s")
-    assert (row["what"], row["unit"]) == ("a thing", "s")
+    assert (row["what"], row["unit"], row["rounds"]) == ("a thing", "s", 3)
     assert row["conventional"] == {"median": 6.0, "low": 2.0, "high": 30.0}
     assert row["ours"] == {"median": 4.0, "low": 1.0, "high": 6.0} == case.summary("ours", "seconds")
     assert row["ratio"] == {"median": 5.0, "low": 0.5, "high": 6.0}
@@ -462,7 +462,8 @@ def test_input_grows_with_the_resolution(seen):
 
 def measured(root, hardware: str, benchmark: str, rows: dict) -> None:
     folder = root / "bench" / "results" / hardware.lower().replace(" ", "-")
-    write_json(folder / f"{benchmark}.json", {"hardware": hardware, "rows": rows})
+    data = {"data": f"photos, {len(hardware)} classes x 4 train + 2 valid images"}
+    write_json(folder / f"{benchmark}.json", {"hardware": hardware, **data, "rows": rows})
 
 
 def compared(conventional: float, ours: float, unit: str = "images/s") -> dict:
@@ -472,9 +473,10 @@ def compared(conventional: float, ours: float, unit: str = "images/s") -> dict:
 
 def test_the_speed_table_says_what_was_measured_and_what_was_not(tmp_path):
     measured(tmp_path, "AMD 2 CPU cores", "input", {"train_224": compared(500, 2500)})
-    cpu, gpu = tables.speed(tmp_path).split("\n\n")
+    images, cpu, gpu = tables.speed(tmp_path).split("\n\n")
+    assert images.endswith(" batches and decoding (photos, 15 classes x 4 train + 2 valid images).")
     assert "| training batches | 500 images/s | 2,500 images/s | **5.0** [5.0, 5.0] |" in cpu
-    assert "AMD 2 CPU cores" in cpu and gpu.count("not measured yet") == 3 and "make bench" in gpu
+    assert "AMD 2 CPU cores" in cpu and "not measured yet" in gpu and "make bench" in gpu and "\n" not in gpu
     measured(tmp_path, "Tesla T4", "input", {"train_224": compared(1000, 4000)})
     both = tables.speed(tmp_path)
     assert "not measured yet" not in both and "Tesla T4" in both and "**4.0**" in both

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
+import inspect
 import json
+import re
+from itertools import pairwise
+from pathlib import Path
 
+import pandas as pd
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from src import SetupError
+from src import SetupError, config
 from src.config import (
     AS_RUN_BASELINE,
     AS_RUN_IMPROVEMENT,
@@ -462,3 +468,67 @@ def test_the_probe_is_a_plain_frozen_linear_classifier(arm):
 def test_a_field_that_would_do_nothing_is_refused(changes, said):
     with pytest.raises(SetupError, match=said):
         with_fields(IMPROVEMENT, changes)
+
+
+# What the presets' docstrings say of results
+
+RESULTS = Path(__file__).resolve().parent.parent / "results"
+PERCENTAGES = r"\d+(?:\.\d+)?(?:(?:, | and )\d+(?:\.\d+)?)* %"  # "89.49, 89.48 and 78.62 %", or one
+
+
+def of_results(name: str) -> dict:
+    return json.loads((RESULTS / name).read_text(encoding="utf-8"))
+
+
+def written_below() -> dict[str, str]:
+    """Preset -> the docstring below it, on one line."""
+    lines = ast.parse(inspect.getsource(config)).body
+    return {
+        line.targets[0].id: " ".join(below.value.value.split())
+        for line, below in pairwise(lines)
+        if isinstance(line, ast.Assign) and isinstance(below, ast.Expr)
+    }
+
+
+def known_of(name: str) -> list[float]:
+    """Every share, in percent, that the docstring of a preset may name."""
+    study = of_results("study.json")
+    reported = of_results("studies/reported.json")
+    shares = [line["accuracy"] for line in reported.get(name.lower(), {"lines": []})["lines"]]
+    if name in ("AS_RUN_BASELINE", "AS_RUN_IMPROVEMENT", "BEST"):
+        shares.append(
+            study["baseline" if name == "AS_RUN_BASELINE" else "improvement"]["valid_accuracy"]["value"]
+        )
+    if (RESULTS / (arm := name.capitalize()) / "metrics.json").exists():
+        shares.append(of_results(f"{arm}/metrics.json")["accuracy"])
+        history = pd.read_csv(RESULTS / arm / f"{arm.lower()}_history.csv").set_index("epoch")
+        chosen = history.loc[of_results(f"{arm}/metrics.json")["best_epoch"]]
+        shares += [chosen["fit_accuracy"], chosen["holdout_accuracy"]]
+    return [100 * share for share in shares]
+
+
+@pytest.mark.parametrize("arm", ["Baseline", "Improvement", "Best"])
+def test_a_preset_says_what_its_run_measured(arm):
+    found, said = of_results(f"{arm}/metrics.json"), written_below()[arm.upper()]
+    for fact in (
+        f"--profile {found['profile']} --data DIR`: {100 * found['accuracy']:.2f} % of `valid`",
+        f"(n = {found['n']:,}, one seed), best epoch {found['best_epoch']} of {found['epochs']},",
+        f", {found['seconds']['total'] / 60:.0f} minutes on 2 CPU cores (EfficientNet-Lite0,",
+        f", {found['image_size']} px, `{found['protocol']}`)",
+    ):
+        assert fact in said
+    assert found["backbone"] == "tf_efficientnet_lite0.in1k" and "2 CPU cores" in found["hardware"]
+
+
+def test_every_percentage_in_a_preset_s_docstring_is_a_result():
+    said = written_below()
+    assert {"BASELINE", "IMPROVEMENT", "BEST", "AS_RUN_IMPROVEMENT", "DOGS20", "FINE_GRAINED"} <= set(said)
+    n_checked = 0
+    for name, text in said.items():
+        values = [v for found in re.findall(PERCENTAGES, text) for v in re.findall(r"\d+(?:\.\d+)?", found)]
+        known = known_of(name)
+        for value in values:
+            digits = len(value.partition(".")[2])
+            assert any(f"{share:.{digits}f}" == value for share in known), (name, value, known)
+        n_checked += len(values)
+    assert n_checked > 15

@@ -29,21 +29,7 @@ from tools import readme, torture
 
 MAX_CODE_CELLS, MAX_CODE_LINES = 12, 60
 MEGABYTE = 1_000_000
-ARCHIVES = (
-    ".whl",
-    ".egg",
-    ".zip",
-    ".tar",
-    ".gz",
-    ".tgz",
-    ".bz2",
-    ".xz",
-    ".zst",
-    ".7z",
-    ".rar",
-    ".jar",
-    ".deb",
-)
+ARCHIVES = (".whl", ".egg", ".zip", ".tar", ".gz", ".tgz", ".bz2", ".xz", ".zst", ".7z", ".rar")
 # Tracked files that may pass 1 MB, each with its reason; none may pass 10 MB.
 LARGE_FILES: dict[str, str] = {
     "results/report.html": "one file to open and to send: data, thumbnails and script lie inside",

@@ -67,9 +67,10 @@ def audit(root: Path) -> str:
     found = json.loads(path.read_text(encoding="utf-8"))
     exact, near = found["copies"]["exact"], found["copies"]["near"]
     conflicting = sum(exact[place]["conflicting_labels"] for place in PLACES)
+    all_or_some = "all of which" if conflicting == exact["groups"] else f"of which {conflicting}"
     lines = [
         f"- **Copies.** {exact['images']} of {found['n']:,} images have a twin with exactly the same pixels: "
-        f"{exact['groups']} groups, of which {conflicting} carry two different labels and "
+        f"{exact['groups']} groups, {all_or_some} carry two different labels; "
         f"{exact['between']['groups']} span train and `valid`. {near['images']} more are near copies. "
         f"{found['valid_copied_from_train']['either']} `valid` images are in train, too; without them "
         + ", ".join(_without(arm, part) for arm, part in found["arms"].items())
