@@ -6,6 +6,7 @@ import io
 import json
 import re
 import shutil
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from types import SimpleNamespace
@@ -278,6 +279,29 @@ def test_confusions_are_those_of_the_predictions(whole):
 def test_the_head_of_the_page_names_the_network_that_was_run(whole):
     lead = re.search(r'<p class="lead">(.*?)</p>', whole.text, re.DOTALL)[1]
     assert lead.startswith(f"{ABOUT['backbone']} at {ABOUT['image_size']}&nbsp;px: 120 images")
+
+
+def test_the_study_s_title_stands_over_convnext_s_numbers_alone(whole):
+    found = read.read_results(whole.results)
+
+    def kicker(*backbones: str) -> str:
+        arms = tuple(
+            replace(arm, metrics=arm.metrics | {"backbone": backbone})
+            for arm, backbone in zip(found.arms, backbones, strict=True)
+        )
+        return re.search(r'<p class="kicker">(.*?)</p>', render(replace(found, arms=arms)))[1]
+
+    convnext = "convnext_tiny.fb_in1k"
+    assert kicker(convnext, convnext, convnext) == "A study"
+    assert kicker(convnext, convnext, "some_net.in1k") == "Fine-tuning, measured"
+    assert '<p class="kicker">Fine-tuning, measured</p>' in whole.text
+
+
+def test_the_page_says_that_the_best_recipe_has_seen_the_valid_images(whole):
+    found = read.read_results(whole.results)
+    said = "Best was composed after seeing it: its number is optimistic"
+    assert said in whole.text and said not in render(replace(found, arms=found.arms[:2]))
+    assert said not in render(replace(found, ablation=None))
 
 
 def test_ablation_calibration_and_provenance(whole):

@@ -16,6 +16,7 @@ from src.studies import ABLATION
 from src.studies.table import about, read_summary, read_table
 
 ARMS = ("baseline", "improvement", "best")
+FALLBACK = "Fine-tuning, measured"  # the page's title where the study's would promise another network
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,6 +60,16 @@ class Results:
     def main(self) -> Arm:
         """The improvement, or else the last arm there is."""
         return next((arm for arm in self.arms if arm.name == "improvement"), self.arms[-1])
+
+    @property
+    def title(self) -> str:
+        """The study's title where every arm is a ConvNeXt, as the study's were; else what was done."""
+        is_convnext = all(arm.metrics["backbone"].startswith("convnext") for arm in self.arms)
+        return self.study.get("title", FALLBACK) if is_convnext else FALLBACK
+
+    @property
+    def has_best(self) -> bool:
+        return any(arm.name == "best" for arm in self.arms)
 
     @property
     def pair(self) -> tuple[pd.DataFrame, pd.DataFrame] | None:
