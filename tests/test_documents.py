@@ -149,6 +149,83 @@ def test_what_is_said_of_attention_follows_from_its_two_rows(tree, add, remove, 
     assert said in abstract(tree)
 
 
+REGULARISERS = ("RandAugment", "erasing", "dropout", "weight decay", "label smoothing")
+
+
+def unbroken(text: str) -> str:
+    """Without spaces and hyphens: a line may break, and a word part, anywhere."""
+    return re.sub(r"[\s-]", "", text)
+
+
+def judge(tree: Path, **verdicts: str) -> str:
+    """The paper's conclusion where fine-tuning and the regularisers' rows have these verdicts, else noise.
+
+    A regulariser that helps where it is added hurts where it is taken away, and the other way round.
+    """
+    opposite = {"helps": "hurts", "hurts": "helps"}
+    said = {"trained: head alone": verdicts.pop("alone", "hurts")}
+    said["+ full fine-tuning"] = verdicts.pop("tuning")
+    for name in REGULARISERS:
+        own = verdicts.get(name.replace(" ", "_"), "cannot be told apart from noise")
+        added = f"+ {name} (recipe)" if name == "label smoothing" else f"+ {name}"
+        said |= {added: own, f"recipe, without {name}": opposite.get(own, own)}
+    path = tree / "results/ablation/summary.csv"
+    table = pd.read_csv(path)
+    assert set(said) <= set(table["row"])
+    table["verdict"] = table["row"].map(said).fillna(table["verdict"])
+    table.to_csv(path, index=False)
+    return unbroken(words(documents.compiled(PAPER, tree))).partition("Thestudy’sadvice")[2]
+
+
+def test_the_study_s_advice_is_judged_by_its_rows(tree):
+    every = {name.replace(" ", "_"): "helps" for name in REGULARISERS}
+    text = judge(tree, tuning="hurts", **every)
+    assert text.startswith(unbroken("to fine-tune is not borne out: it costs accuracy ("))
+    assert unbroken("Its advice to regularise is borne out by the ablation") in text
+    assert unbroken(": RandAugment, random erasing, dropout, weight decay and label smoothing help (") in text
+    text = judge(tree, tuning="helps", RandAugment="helps", erasing="hurts")
+    assert text.startswith(unbroken("to fine-tune is borne out (")) and "doesbetter" not in text
+    assert unbroken("Its advice to regularise is borne out in part by the ablation") in text
+    shares = (
+        "RandAugment helps; random erasing hurts; dropout, weight decay and label smoothing cannot be told"
+    )
+    assert unbroken(shares) in text
+    text = judge(tree, tuning="helps", alone="helps")
+    assert unbroken("training the head alone does better (") in text
+    assert unbroken("Its advice to regularise is not borne out by the ablation") in text
+
+
+def test_the_largest_gains_are_single_steps(made):
+    table = pd.read_csv(ROOT / "results" / "ablation" / "summary.csv")
+    table = table[(table["verdict"] == "helps") & ~table["row"].isin(["improvement as run", "best"])]
+    said = re.search(r"The largest gains are (.*?)\. The largest", words(made[PAPER]))[1]
+    for row in table.nlargest(3, "difference").itertuples():
+        name = row.row.replace("'", "’")
+        assert f"{name} (+{100 * row.difference:.2f}" in said.replace("'", "’")
+    assert said.count("[") == 3
+
+
+def test_what_is_said_of_the_marks_follows_from_each_arm_s(tree):
+    path = tree / "results/explain/explain.json"
+    found = json.loads(path.read_text(encoding="utf-8"))
+    for arm, low, high in (("baseline", 0.02, 0.04), ("improvement", -0.02, 0.04)):
+        found[arm]["grad_cam"] |= {"difference": 0.03, "difference_low": low, "difference_high": high}
+    path.write_text(json.dumps(found), encoding="utf-8")
+    text = unbroken(words(documents.compiled(PAPER, tree)))
+    assert "[−2.0,+4.0],soitsmarkscannotbetoldapartfromrandomones.Forthebaseline" in text
+    assert "[+2.0,+4.0]:its" in text and text.count("meansomething") == 1
+    text = words(documents.compiled(SLIDES, tree))
+    assert "The improvement’s marks cannot be told from random ones:" in text
+    assert "the baseline’s (+3.0 [+2.0, +4.0]) mean something." in text
+
+
+def test_every_text_says_that_the_best_recipe_has_seen_the_valid_images(made):
+    said = "optimistic by an unknown, probably small amount"
+    assert words(made[PAPER], n_pages=1).count(said) == 1 and words(made[PAPER]).count(said) == 3
+    assert said in words(made[SLIDES]) and "agak terlalu baik" in words(made[SALINDIA])
+    assert said in " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+
+
 def test_the_paper_says_which_network_was_run(tree):
     """The title is ConvNeXt's only where ConvNeXt was measured; sizes follow."""
     for backbone, size, title, tokens in (
