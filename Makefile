@@ -82,7 +82,7 @@ format: $(READY)  ## Format the code and sort its imports
 	@$(PY) -m ruff check --fix --quiet . && $(PY) -m ruff format --quiet .
 
 notebooks: $(READY)  ## Strip outputs from the notebooks before a commit
-	@$(PY) -m nbstripout notebook/*.ipynb
+	@$(PY) -m nbstripout notebook/*.ipynb notebook/studies/*.ipynb
 
 readme: $(READY)  ## Write the README's tables anew from results/ and bench/results/
 	@$(PY) -m tools.readme

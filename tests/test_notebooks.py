@@ -13,6 +13,7 @@ import pandas as pd
 import pytest
 import torch
 from PIL import Image
+from statsmodels.stats.proportion import proportion_confint
 from torch import nn
 
 from src import SetupError, bootstrap, notebook
@@ -47,6 +48,54 @@ def test_all_share_bootstrap_and_parameters():
     assert first["parameters-text"].source == second["parameters-text"].source
     for name in ("bootstrap", "parameters"):
         assert {other[name].source for other in (second, *studies)} == {first[name].source}
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=NAMES)
+def test_colab_shows_the_notebook_s_own_name(path):
+    assert nbformat.read(path, as_version=4).metadata["colab"]["name"] == path.name
+
+
+def test_every_notebook_is_stripped_by_make():
+    recipe = next(
+        line for line in (ROOT / "Makefile").read_text(encoding="utf-8").splitlines() if "nbstripout" in line
+    )
+    patterns = [part for part in recipe.split() if part.endswith(".ipynb")]
+    assert sorted(path for pattern in patterns for path in ROOT.glob(pattern)) == sorted(NOTEBOOKS)
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS[2:], ids=NAMES[2:])
+def test_studies_say_that_full_needs_images_of_one_s_own(path):
+    own = cells(path)
+    assert "`full` needs `data_dir`; start with `quick`." in own["parameters-text"].source
+    assert "--profile full --data DIR`" in own["rows-text"].source
+
+
+def reported(study: str) -> list[dict]:
+    """What the study reports, a line an accuracy, each with its Wilson interval."""
+    text = (ROOT / "results" / "studies" / "reported.json").read_text(encoding="utf-8")
+    lines = json.loads(text)[study]["lines"]
+    for line in lines:
+        n_correct = line.get("n_correct", round(line["accuracy"] * line["n"]))
+        line["low"], line["high"] = proportion_confint(n_correct, line["n"], method="wilson")
+    return lines
+
+
+def overlap(a: dict, b: dict) -> bool:
+    return a["low"] <= b["high"] and b["low"] <= a["high"]
+
+
+def test_what_is_said_of_reported_intervals_is_so():
+    base, tiny, mobile = reported("dogs20")
+    assert overlap(base, tiny) and overlap(tiny, mobile) and not overlap(base, mobile)
+    assert [base["row"], tiny["row"], mobile["row"]] == ["ConvNeXt-Base", "ConvNeXt-Tiny", "MobileNetV2"]
+    lines = reported("fine_grained")
+    first = {line["images"]: line for line in lines if line["row"] == "baseline"}
+    points = [100 * (line["accuracy"] - first[line["images"]]["accuracy"]) for line in lines]
+    halves = [50 * (line["high"] - line["low"]) for line in lines]
+    said = cells(ROOT / "notebook/studies/FineGrained.ipynb")["reported-text"].source
+    assert f"between {-min(points):.2f} points below and {max(points):.2f} points above" in said
+    assert f"reach {min(halves):.1f} to {max(halves):.1f} points to either side" in said
+    assert all(overlap(line, first[line["images"]]) for line in lines)
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=NAMES)
