@@ -111,7 +111,9 @@ def study(name: str, paths: Paths) -> Markdown:
     """The rows of a study in words, or the command that runs them."""
     path = STUDIES[name].path(paths.results) / "summary.md"
     if not path.exists():
-        return Markdown(f"*Not run yet:* `python -m src.experiment ablation --preset {name} --profile full --data DIR`")
+        return Markdown(
+            f"*Not run yet:* `python -m src.experiment ablation --preset {name} --profile full --data DIR`"
+        )
     return Markdown(path.read_text(encoding="utf-8").partition("\n")[2])
 
 

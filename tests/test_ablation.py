@@ -645,29 +645,49 @@ def test_the_figure_of_a_few_rows():
 def test_the_figure_shows_the_summary_s_numbers():
     table = made_up()
     table.loc[table["row"] == "mixup", "valid_accuracy"] -= 0.3
+    uneven = (table["row"] == "CutMix") & (table["seed"] == 0)
+    table.loc[uneven, "valid_accuracy"] += 0.05  # a wide interval around a mean within the axis
     summary = summarise(ABLATION, table)
     accuracy, difference = study_figure(ABLATION.title, summary, "note").axes[:2]
     points = accuracy.lines[0].get_xydata()
     np.testing.assert_allclose(points[:, 0], summary["valid_mean"])
     np.testing.assert_allclose(points[:, 1], range(len(summary)))
-    drawn, intervals = {}, {}
+    drawn, intervals, arrows = {}, {}, {}
     for line in difference.lines:
-        if line.get_marker() in "o<>":
-            drawn[round(line.get_ydata()[0])] = line.get_marker(), line.get_xdata()[0]
+        if line.get_marker() == "o":
+            drawn[round(line.get_ydata()[0])] = line.get_xdata()[0]
+        elif line.get_marker() in "<>":
+            arrows.setdefault(round(line.get_ydata()[0]), []).append((line.get_marker(), line.get_xdata()[0]))
         elif line.get_marker() == "|":
             intervals[round(line.get_ydata()[0])] = tuple(line.get_xdata())
     numbers = {round(text.xy[1]): text.get_text() for text in difference.texts}
     compared = np.flatnonzero(summary["difference"].notna())
-    assert drawn.keys() == intervals.keys() == numbers.keys() == set(compared)
+    assert intervals.keys() == numbers.keys() == set(compared)
     left, right = difference.get_xlim()
+    n_cut = 0
     for place, line in summary.iloc[compared].iterrows():
         value, low, high = 100 * line[["difference", "low", "high"]]
         assert intervals[place] == pytest.approx((low, high))
         assert numbers[place] == f"{value:+.2f}".replace("-", "−")
-        if line["row"] == "mixup":  # beyond the axis: an arrow at its end
-            assert value < left == -right and drawn[place][0] == "<" and left < drawn[place][1] < 0.9 * left
+        beyond = {"<"} if low < left else set()
+        beyond |= {">"} if high > right else set()
+        found = arrows.get(place, [])
+        assert {marker for marker, _ in found} == beyond and len(found) == len(beyond)
+        assert all(0.9 * right < abs(x) < right and (x > 0) == (marker == ">") for marker, x in found)
+        if line["row"] == "mixup":  # beyond the axis itself
+            assert value < left == -right and place not in drawn
         else:
-            assert drawn[place] == ("o", pytest.approx(value))
+            assert drawn[place] == pytest.approx(value)
+            n_cut += bool(beyond)
+    assert n_cut  # an interval that ends beyond the axis, around a difference within it
+    assert "arrow: beyond the axis" in difference.get_xlabel()
+
+
+@pytest.mark.parametrize("seeds", [(0,), (0, 1, 2)])
+def test_the_figure_names_unjudged_rows_where_there_are_any(seeds):
+    summary = summarise(ABLATION, made_up(seeds=seeds))
+    label = study_figure(ABLATION.title, summary, "note").axes[1].get_xlabel()
+    assert ("one seed, not judged" in label) == (len(seeds) == 1)
 
 
 def test_the_figure_divides_the_ladder_from_what_is_above_and_below_it():

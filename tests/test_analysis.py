@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pandas as pd
 import pytest
+from matplotlib.colors import to_hex
 from PIL import Image
 from scipy import stats
 from sklearn.metrics import auc, roc_curve
@@ -12,6 +13,7 @@ from test_report import ABOUT, assert_legible, images, leave, make_frame, said
 
 from src import SetupError, analysis, figures, report
 from src.evaluate import compare, confusion, prediction_frame, score
+from src.figures.style import BLUE, ORANGE
 from src.files import sha256
 
 # fmt: off
@@ -366,6 +368,21 @@ def test_images_stand_beside_their_own_words():
         ):
             found = [axes.get_images()[0].get_array()[0, 0, 0] for axes in part.axes if axes.get_images()]
             assert found == rows
+
+
+def test_what_is_fixed_is_blue_and_what_is_broken_orange_in_whole_words():
+    classes = pd.DataFrame(
+        {"name": ["cat", "dog"], "net": [3, -2], "fixed": [4, 1], "broken": [1, 3], "p_holm": [1.0, 1.0]}
+    )
+    row = {"name": "golden retriever", "wrong_name": "Labrador retriever", "n": 2, "of": 3}
+    pairs = pd.DataFrame([{**row, "kind": "fixed"}, {**row, "kind": "broken", "wrong_name": "cat"}])
+    figure = figures.changes_figure(classes, pairs, "note")
+    drawn = [[to_hex(bar.get_facecolor()).upper() for bar in axes.patches] for axes in figure.axes]
+    assert drawn == [2 * [BLUE] + 2 * [ORANGE], ["#E4E4E4", BLUE], ["#E4E4E4", ORANGE]]
+    assert "fixes (blue) and breaks (orange)" in said(figure)
+    assert "golden retriever →\nLabrador retriever" in said(figure) and "golden retriever → cat" in said(
+        figure
+    )
 
 
 def test_blocks_are_framed_and_named():

@@ -15,6 +15,7 @@ from PIL import Image
 
 from src import figures, report
 from src.evaluate import compare, prediction_frame, read_predictions, score, write_predictions
+from src.figures.style import GREY
 from src.files import write_json
 
 FILES = [
@@ -172,12 +173,29 @@ def test_at_most_sixteen_classes_are_sampled():
 def test_training_curve_marks_the_best_epoch():
     figure = figures.training_curve(make_history(5), {**ABOUT, "best_epoch": 4}, "note", "Baseline")
     text = said(figure)
-    assert "best epoch 4: 82.50 %" in text and "best epoch 4: 0.3750" in text
+    assert "chosen epoch 4: 82.50 %" in text and "chosen epoch 4: 0.3750" in text
     assert "fit (trained on)" in text and "holdout (chosen on)" in text
-    published = figures.training_curve(
-        make_history(5), {**ABOUT, "protocol": "published"}, "note", "Baseline"
-    )
+    assert "Accuracy on held-out and training images" in text
+    about = {**ABOUT, "best_epoch": 4, "protocol": "published"}
+    published = figures.training_curve(make_history(5), about, "note", "Baseline")
     assert "holdout" not in said(published) and "valid (chosen and reported on)" in said(published)
+
+
+@pytest.mark.parametrize(
+    ("monitor", "protocol", "reason"),
+    [
+        ("loss", "holdout", "lowest held-out loss"),
+        ("accuracy", "holdout", "highest held-out accuracy"),
+        ("accuracy", "published", "highest valid accuracy"),
+    ],
+)
+def test_training_curve_says_what_the_epoch_was_chosen_by(monitor, protocol, reason):
+    about = {**ABOUT, "best_epoch": 4, "protocol": protocol, "config": {"train": {"monitor": monitor}}}
+    figure = figures.training_curve(make_history(5), about, "note", "Baseline")
+    assert f"chosen epoch 4 ({reason}): 82.50 %" in said(figure)
+    assert f"chosen epoch 4 ({reason}): 0.3750" in said(figure)
+    assert_legible(figure, reason)
+    assert all(axes.get_legend().handlelength == 3 for axes in figure.axes)  # or the dashes do not show
 
 
 def test_small_confusion_names_every_class_and_counts_every_cell():
@@ -209,6 +227,21 @@ def test_large_confusion_lists_the_strongest_by_name():
     order = figures.similarity_order(counts_KK).tolist()
     number_one = next(t for t in matrix.texts if t.get_text() == "1")
     assert number_one.xy == (order.index(j), order.index(i))
+
+
+def test_numbers_stay_off_the_axes_of_a_large_confusion():
+    """Their white boxes would wipe parts of the lines out."""
+    counts_KK = 40 * np.eye(200, dtype=int)
+    for i, j in ((0, 1), (1, 0), (0, 199), (199, 0), (198, 199), (199, 198), (0, 100), (199, 100)):
+        counts_KK[i, j] = 5
+    blocks = [("all", 200)]
+    figure = figures.confusion_blocks(counts_KK, [f"thing {k}" for k in range(200)], blocks, "note", "Arm")
+    FigureCanvasAgg(figure).draw()
+    inside = figure.axes[0].get_window_extent()
+    for text in figure.axes[0].texts:
+        box = text.get_bbox_patch().get_window_extent()
+        assert inside.x0 < box.x0 and box.x1 < inside.x1, text.get_text()
+        assert inside.y0 < box.y0 and box.y1 < inside.y1, text.get_text()
 
 
 def test_order_puts_classes_beside_those_they_are_taken_for():
@@ -322,6 +355,8 @@ def test_comparison(tmp_path):
     assert f"{100 * expected['a']['accuracy']:.2f} %" in text and "McNemar" in text
     assert figures.clean(result["classes_gained"][0]["name"], 28) in text
     assert "also differ" not in text
+    changes = [line for line in figure.axes[2].lines if line.get_linestyle() == "-"]
+    assert {line.get_color() for line in changes} == {GREY}  # blue and orange are the arms
 
 
 def test_comparison_says_what_else_differs(tmp_path):

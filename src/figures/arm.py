@@ -17,18 +17,25 @@ MAX_NAMED = 60  # classes whose names still fit below their bars
 
 @styled
 def training_curve(history: pd.DataFrame, metadata: dict, note: str, title: str) -> Figure:
-    """Accuracy and loss by epoch, fit against held-out, the best epoch marked."""
-    held_out = (
-        "valid (chosen and reported on)" if metadata.get("protocol") == "published" else "holdout (chosen on)"
-    )
+    """Accuracy and loss by epoch, fit against held-out, the chosen epoch marked, with its reason."""
+    published = metadata.get("protocol") == "published"
+    images = "valid" if published else "held-out"
+    held_out = "valid (chosen and reported on)" if published else "holdout (chosen on)"
+    monitor = metadata.get("config", {}).get("train", {}).get("monitor")
+    reasons = {"loss": f" (lowest {images} loss)", "accuracy": f" (highest {images} accuracy)"}
     best = int(metadata.get("best_epoch", history.loc[history["holdout_loss"].idxmin(), "epoch"]))
     figure = blank_figure(4.4, f"{title}: training, epoch by epoch", note)
     for axes, kind in zip(figure.subplots(1, 2), ("accuracy", "loss"), strict=True):
-        _draw_history(axes, history, kind, held_out, best)
+        _draw_history(axes, history, kind, held_out, (best, reasons.get(monitor, "")))
+        axes.set_title(f"{kind.capitalize()} on {images} and training images", fontsize=11)
     return figure
 
 
-def _draw_history(axes: mpl.axes.Axes, history: pd.DataFrame, kind: str, held_out: str, best: int) -> None:
+def _draw_history(
+    axes: mpl.axes.Axes, history: pd.DataFrame, kind: str, held_out: str, chosen: tuple
+) -> None:
+    """`chosen`: the epoch and, in words, by what."""
+    best, reason = chosen
     for side, label, colour, line in (
         ("fit", "fit (trained on)", BLUE, "--"),
         ("holdout", held_out, ORANGE, "-"),
@@ -55,13 +62,13 @@ def _draw_history(axes: mpl.axes.Axes, history: pd.DataFrame, kind: str, held_ou
         mec="white",
         mew=1.2,
         zorder=5,
-        label=f"best epoch {best}: {shown}",
+        label=f"chosen epoch {best}{reason}: {shown}",
     )
     first, last = history["epoch"].min(), history["epoch"].max()
-    axes.set(xlabel="epoch", title=kind.capitalize(), xlim=(first - 0.5, last + 0.5))
+    axes.set(xlabel="epoch", xlim=(first - 0.5, last + 0.5))
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     axes.margins(y=0.12)
-    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.17), ncols=1)
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.17), ncols=1, handlelength=3, fontsize=9)
     if kind == "accuracy":
         axes.yaxis.set_major_formatter(percent)
 

@@ -12,7 +12,8 @@ from matplotlib.figure import Figure
 from src.figures.style import BLUE, DARK, ORANGE, Images, blank_figure, clean, styled
 
 COLUMNS = {1: 6, 2: 4}  # by the images of a cell
-TEXT_WIDTH = {1: 22, 2: 32}  # characters below a cell
+TEXT_WIDTH = {1: 22, 2: 32}  # characters below a cell at `TEXT_SIZE`
+TEXT_SIZE, SMALL_TEXT = 8.5, 7.5  # where a line is longer
 
 
 class Cell(NamedTuple):
@@ -46,5 +47,7 @@ def _draw_cell(axes: mpl.axes.Axes, cell: Cell, pixels: np.ndarray) -> None:
     axes.set(xticks=[], yticks=[])
     for spine in axes.spines.values():
         spine.set(visible=True, color=ORANGE if cell.marked else BLUE, linewidth=2.5)
-    lines = (clean(line, TEXT_WIDTH[len(cell.rows)]) for line in cell.text.split("\n"))
-    axes.set_xlabel("\n".join(lines), fontsize=8.5, color=DARK)
+    lines, width = cell.text.split("\n"), TEXT_WIDTH[len(cell.rows)]
+    size = TEXT_SIZE if max(map(len, lines)) <= width else SMALL_TEXT
+    lines = [clean(line, int(width * TEXT_SIZE / size)) for line in lines]
+    axes.set_xlabel("\n".join(lines), fontsize=size, color=DARK)

@@ -67,9 +67,7 @@ def _draw_changes(axes: mpl.axes.Axes, comparison: dict) -> None:
     gained, lost = comparison["classes_gained"], comparison["classes_lost"]
     rows = gained + lost[::-1]
     for y, row in enumerate(rows):
-        better = row["change"] > 0
-        colour = ORANGE if better else BLUE
-        axes.plot([row["baseline"], row["improvement"]], [y, y], color=colour, lw=2, alpha=0.45, zorder=1)
+        axes.plot([row["baseline"], row["improvement"]], [y, y], color=GREY, lw=2, alpha=0.45, zorder=1)
         axes.text(
             1.01,
             y,
@@ -77,7 +75,7 @@ def _draw_changes(axes: mpl.axes.Axes, comparison: dict) -> None:
             transform=axes.get_yaxis_transform(),
             va="center",
             fontsize=10,
-            color=colour,
+            color=DARK,
             weight="bold",
         )
     for arm, colour in (("baseline", BLUE), ("improvement", ORANGE)):

@@ -165,7 +165,7 @@ def changes_figure(classes: pd.DataFrame, pairs: pd.DataFrame, note: str) -> Fig
     """What the improvement fixes and breaks: classes of the largest net change, and the commonest pairs."""
     gained, lost = classes[classes["net"] > 0], classes[classes["net"] < 0]
     shown = pd.concat([gained.head(N_CHANGES), lost.tail(N_CHANGES)])
-    figure = blank_figure(8.6, "What the improvement fixes (orange) and breaks (blue)", note)
+    figure = blank_figure(8.6, "What the improvement fixes (blue) and breaks (orange)", note)
     grid = GridSpec(2, 2, figure, width_ratios=[1, 1.02])
     _draw_class_changes(figure.add_subplot(grid[:, 0]), shown)
     for row, kind in enumerate(("fixed", "broken")):
@@ -175,8 +175,8 @@ def changes_figure(classes: pd.DataFrame, pairs: pd.DataFrame, note: str) -> Fig
 
 def _draw_class_changes(axes: mpl.axes.Axes, shown: pd.DataFrame) -> None:
     places = np.arange(len(shown))
-    axes.barh(places, shown["fixed"], height=0.72, color=ORANGE, alpha=0.75)
-    axes.barh(places, -shown["broken"], height=0.72, color=BLUE, alpha=0.75)
+    axes.barh(places, shown["fixed"], height=0.72, color=BLUE, alpha=0.75)
+    axes.barh(places, -shown["broken"], height=0.72, color=ORANGE, alpha=0.75)
     axes.axvline(0, color=DARK, lw=1)
     for place, (_, row) in zip(places, shown.iterrows(), strict=True):
         said = f"{row['net']:+d}".replace("-", "−") + (" *" if row["p_holm"] < 0.05 else "")
@@ -202,20 +202,25 @@ def _draw_class_changes(axes: mpl.axes.Axes, shown: pd.DataFrame) -> None:
 def _draw_pair_changes(axes: mpl.axes.Axes, pairs: pd.DataFrame, kind: str) -> None:
     """Bars of the images fixed or broken, before all that are taken for the class."""
     title, colour, arm = {
-        "fixed": ("Mistakes that it fixes most", ORANGE, "baseline"),
-        "broken": ("Mistakes that it makes anew", BLUE, "improvement"),
+        "fixed": ("Mistakes that it fixes most", BLUE, "baseline"),
+        "broken": ("Mistakes that it makes anew", ORANGE, "improvement"),
     }[kind]
     pairs = pairs.head(N_CHANGES)
     places = np.arange(len(pairs))
     axes.barh(places, pairs["of"], height=0.72, color="#E4E4E4")
     axes.barh(places, pairs["n"], height=0.72, color=colour, alpha=0.75)
-    names = [f"{clean(row.name, 17)} → {clean(row.wrong_name, 17)}" for row in pairs.itertuples()]
-    axes.set_yticks(places, names, fontsize=8.5)
+    names = [_in_line(clean(row.name, 24), clean(row.wrong_name, 24)) for row in pairs.itertuples()]
+    axes.set_yticks(places, names, fontsize=8.5, linespacing=0.95)
     axes.set_ylim(N_CHANGES - 0.4, -0.6)
     axes.set_xlim(0, 1.05 * pairs["of"].max() if len(pairs) else 1)
     axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
     axes.set_title(title, fontsize=11)
     axes.set_xlabel(f"images; grey: all such mistakes\nof the {arm}", fontsize=9.5)
+
+
+def _in_line(name: str, wrong_name: str) -> str:
+    """Truth and answer beside each other, or where that is too long below each other."""
+    return f"{name} →{' ' if len(name) + len(wrong_name) <= 32 else chr(10)}{wrong_name}"
 
 
 @styled

@@ -156,9 +156,9 @@ def with_interval(m: dict) -> str:
 def attention_over_training(history: pd.DataFrame, best_epoch: int, note: str) -> Figure:
     """Gate and entropy of the attention by epoch, with the values at which it does nothing."""
     text = f"{attention_sentence(history, best_epoch)}\n{note}"
-    figure = blank_figure(4.2, "Improvement: its attention, epoch by epoch", text)
-    nothing = ((0, "0: adds nothing"), (1, "1: all positions alike"))
-    titles = ("Gate", "Entropy of the weights / log T")
+    figure = blank_figure(4.8, "Improvement: its attention, epoch by epoch", text)
+    nothing = ((0, "0: adds nothing"), (1, "1: all places alike"))
+    titles = ("Gate", "Entropy of the attention, share\nof its largest (1 = all places alike)")
     for axes, kind, title, (value, label) in zip(
         figure.subplots(1, 2), ("gate", "attention_entropy"), titles, nothing, strict=True
     ):

@@ -38,7 +38,7 @@ def study_figure(title: str, summary: pd.DataFrame, note: str) -> Figure:
 
 
 def _draw_differences(axes: mpl.axes.Axes, summary: pd.DataFrame) -> None:
-    """Differences in points, each as a number beside the axis, too; an arrow for those beyond its ends."""
+    """Differences in points, each as a number beside the axis, too; an arrow where one goes beyond it."""
     value, low, high = (100 * summary[column].to_numpy() for column in ("difference", "low", "high"))
     reach = np.fmax(np.abs(value), np.fmax(np.abs(low), np.abs(high)))
     reach = reach[np.isfinite(reach)]
@@ -48,10 +48,10 @@ def _draw_differences(axes: mpl.axes.Axes, summary: pd.DataFrame) -> None:
         x, colour = value[place], COLOURS.get(summary["verdict"].iloc[place], GREY)
         if np.isfinite(low[place]):
             axes.plot([low[place], high[place]], [place, place], "|-", ms=6, lw=2, color=colour)
-        if abs(x) > end:
-            axes.plot(np.sign(x) * 0.97 * end, place, ">" if x > 0 else "<", ms=7, color=colour)
-        else:
+        if abs(x) <= end:
             axes.plot(x, place, "o", ms=5.5, color=colour)
+        for side in {np.sign(v) for v in (x, low[place], high[place]) if abs(v) > end}:
+            axes.plot(side * 0.97 * end, place, ">" if side > 0 else "<", ms=7, color=colour)
         axes.annotate(
             signed(summary["difference"].iloc[place], 2),
             (1, place),
@@ -65,7 +65,10 @@ def _draw_differences(axes: mpl.axes.Axes, summary: pd.DataFrame) -> None:
         )
     axes.set_xlim(-end, end)
     axes.set_title("difference in points, 95 % interval", fontsize=10.5)
-    axes.set_xlabel("blue: helps · orange: hurts · grey: not told apart from noise", fontsize=8.5)
+    grey = "not told apart from noise"
+    if summary["verdict"].str.startswith("one seed").any():
+        grey += ", or one seed, not judged"
+    axes.set_xlabel(f"blue: helps · orange: hurts · arrow: beyond the axis\ngrey: {grey}", fontsize=8.5)
     axes.tick_params(axis="y", length=0, labelleft=False)
 
 
