@@ -1,6 +1,7 @@
 """Audit of the data: copies of images, classes, pixels, and whether the pretrained weights know the images.
 
     python -m src.experiment audit --profile offline --data DIR
+    python -m src.experiment audit --preset animals40 --profile offline --data DIR
 
 Copies are looked for among all images, whatever their split: exact ones by the digest of their pixels
 (64 bits of SHA-256), near ones by a perceptual hash, confirmed on the pixels. Copies that are mirrored, moved
@@ -18,6 +19,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -32,10 +34,10 @@ from statsmodels.stats.proportion import confint_proportions_2indep, proportions
 from src import SetupError
 from src.config import Config, with_fields
 from src.data.batches import Batches
-from src.data.splits import Splits
+from src.data.splits import Splits, make_splits
 from src.data.store import Store
 from src.evaluate import accuracy, read_predictions
-from src.experiment import Setup, frozen_features, prepare
+from src.experiment import Setup, frozen_features, prepare, used_rows
 from src.figures.audit import Cell, copies_figure
 from src.files import write_json
 from src.folders import Paths
@@ -51,12 +53,15 @@ MAX_DISTANCE = 14  # bits of 64
 MIN_CORRELATION = 0.55
 CHUNK = 1024  # images read at once
 N_GROUPS, N_PAIRS = 30, 12  # drawn at most: images that are there twice, pairs of train and valid
-EXACT_NOTE = "Orange: in train and in valid; blue: in one of them."
+EXACT_NOTE = "Orange: in more than one split; blue: in one."
 NEAR_NOTE = (
     f"Orange: near copies. They differ in at most {MAX_DISTANCE} bits of the perceptual hash, and the least "
     f"correlation r of their details in five windows is {MIN_CORRELATION} or more."
 )
-UNTOUCHED = {"model.trainable": "none", "model.head": "plain", "model.head_init": "pretrained_rows"}
+UNTOUCHED = {
+    **{"model.trainable": "none", "model.head": "plain", "model.head_init": "pretrained_rows"},
+    "model.scra": False,
+}
 
 log = logging.getLogger(__name__)
 
@@ -269,7 +274,8 @@ def accuracy_without(frame: pd.DataFrame, image_ids: pd.Series) -> dict:
 def audit_data(config: Config, paths: Paths) -> Path:
     """Audit the data of `config`, with its backbone as it was pretrained; returns the folder of the report.
 
-    Classes that are not ImageNet's, and weights without its classifier, leave `pretraining` empty.
+    Of a part of a data set (`data.classes`) these are its own images alone, and `row` counts them. Classes
+    that are not ImageNet's, and weights without its classifier, leave `pretraining` empty.
     """
     try:
         setup = prepare(with_fields(config, UNTOUCHED), paths)
@@ -287,17 +293,27 @@ def audit_data(config: Config, paths: Paths) -> Path:
         "protocol": setup.splits.protocol,
         "hardware": setup.device.name,
     }
-    folder = paths.results / "data"
-    write_audit(folder, setup.store, setup.splits, logits_NK, about)
+    folder = paths.results_around(config.arm) / "data"
+    store = without_unused(setup.store)
+    write_audit(folder, store, make_splits(store, config.data), logits_NK, about)
     return folder
 
 
 def untouched_logits(setup: Setup) -> np.ndarray:
-    """(N,K) for every image of the store, from features that a frozen arm uses as well."""
+    """(N,K) for every image that a split has, from features that a frozen arm uses as well."""
     features, _ = frozen_features(setup)
-    device, every_N = setup.device, np.arange(len(setup.store))
-    rows = Batches(features, setup.store.labels_N, every_N, device.eval_batch, device.torch_device)
+    device, labels_N = setup.device, setup.store.labels_N[used_rows(setup.store)]
+    rows = Batches(features, labels_N, np.arange(len(features)), device.eval_batch, device.torch_device)
     return one_pass(setup.model.classify, rows, device, "untouched classifier")
+
+
+def without_unused(store: Store) -> Store:
+    """The store with the images that a split has; their pixels in memory, unless that is all of them."""
+    used_U = used_rows(store)
+    if len(used_U) == len(store):
+        return store
+    arrays = ("images", "labels_N", "official_split_N", "image_ids_N", "digests_N")
+    return replace(store, true_labels_N=None, **{name: getattr(store, name)[used_U] for name in arrays})
 
 
 def write_audit(
@@ -306,7 +322,7 @@ def write_audit(
     """Write `audit.json`, tables and figures into `folder`; returns what `audit.json` holds.
 
     `logits_NK`: of the untouched pretrained classifier for the whole store, or None; `about`: what is
-    recorded of it. Arms that lie beside `folder` are scored without the images of valid that train has.
+    recorded of it. Arms beside `folder`, or around it, are scored without the images of valid that train has.
     """
     similar = similar_pairs(store.images, store.digests_N)
     pairs = {
@@ -320,7 +336,7 @@ def write_audit(
     write_csv(balance, folder / "class_balance.csv")
     title = f"{result['copies']['exact']['groups']} images are there more than once"
     draw(folder / "exact_duplicates.png", exact_cells(tables["exact"]), store, title, EXACT_NOTE)
-    title = "The images of train and valid that are most alike"
+    title = "The images of different splits that are most alike"
     draw(folder / "near_duplicates.png", near_cells(similar, store), store, title, NEAR_NOTE)
     write_json(folder / "audit.json", result)
     return result
@@ -353,12 +369,22 @@ def measure(
 def arms_without(results: Path, image_ids: pd.Series) -> dict:
     """Arm -> `accuracy_without` these images; arms with predictions of other images are left out."""
     changes = {}
-    for path in sorted(results.glob("*/*_validation_predictions.csv")):
+    own, beside = (results.glob(f"{where}*_validation_predictions.csv") for where in ("", "*/"))
+    for path in (*sorted(own), *sorted(beside)):
         try:
             changes[path.parent.name] = accuracy_without(read_predictions(path), image_ids)
         except SetupError as error:
             log.warning("%s is left out: %s", path, error)
     return changes
+
+
+def copies_in_words(found: dict) -> str:
+    """What `audit.json` says of copies."""
+    exact, near, both = (*found["copies"].values(), found["valid_copied_from_train"]["either"])
+    return (
+        f"of {found['n']:,} images {exact['images']} have a twin with the same pixels, {near['images']} more "
+        f"a near copy; {both} images of `valid` are in train, too"
+    )
 
 
 def draw(path: Path, cells: list[Cell], store: Store, title: str, note: str) -> None:
@@ -381,7 +407,7 @@ def exact_cells(table: pd.DataFrame) -> list[Cell]:
 
 
 def near_cells(similar: pd.DataFrame, store: Store) -> list[Cell]:
-    """The pairs of train and valid that are most alike, whether they count as copies or not."""
+    """The pairs of different splits that are most alike, whether they count as copies or not."""
     split_N, label_N = store.official_split_N, store.labels_N
     between = similar[split_N[similar["a"]] != split_N[similar["b"]]]
     cells = []

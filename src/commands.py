@@ -11,10 +11,10 @@ export                             a finished run's weights, with their card, in
 cross_validate                     every train image answered once, by a run that has not seen it
 predict                            a finished run's answers for a folder of images, as CSV
 strangers                          what test images of unknown classes cost, and what refusing wins back
-zero_shot                          the same of CLIP, which has not trained on the images
+zero_shot                          the same of CLIP, which has not trained on them, and of both together
 audit                              copies among the images; what the pretrained weights know of them
 analysis                           what baseline and improvement get wrong
-explain                            where their models look
+explain                            where their models look, or that of another preset
 attributions                       which parts of an image a run's answers rest on, by LIME and SHAP
 report                             results/report.html, a page of all results
 summary                            a line an arm
@@ -166,31 +166,24 @@ def soup(args: argparse.Namespace) -> str:
 
 
 def search(args: argparse.Namespace) -> str:
-    from src.search import search
+    from src.search import in_words, search
 
     folder, found = search(config_of(args, args.preset), paths_of(args), args.trials)
-    best, plain = found["best"]["holdout_accuracy"], found["preset"]["holdout_accuracy"]
-    fields = ", ".join(f"{name} = {value:g}" for name, value in found["best"]["fields"].items())
-    return (
-        f"best of {found['trials']} trials: holdout {best:.2%}, the preset's {plain:.2%}, with {fields}; "
-        f"see {shown(folder)}\n{found['command']}"
-    )
+    return f"{in_words(found)}; see {shown(folder)}\n{found['command']}"
 
 
 def ensemble(args: argparse.Namespace) -> str:
-    from src.ensemble import ensemble_of
+    from src.ensemble import ensemble_of, in_words
 
     members = [config_of(args, arm) for arm in args.preset.split(",")]
     folder, numbers = ensemble_of(members, read_seeds(args.seeds), paths_of(args))
-    scores, gain = numbers["scores"], numbers["gain"]["valid"]
+    scores = numbers["scores"]
     width = max(len(name) for name in scores)
     lines = [
         f"{name:<{width}} holdout {s['holdout']['accuracy']:.2%}  valid {s['valid']['accuracy']:.2%}"
         for name, s in scores.items()
     ]
-    points, low, high = (f"{100 * gain[key]:+.2f}" for key in ("difference", "low", "high"))
-    lines.append(f"gain over the mean member on valid: {points} points, 95 % interval [{low}, {high}]")
-    return "\n".join([*lines, f"see {shown(folder)}"])
+    return "\n".join([*lines, in_words(numbers), f"see {shown(folder)}"])
 
 
 def export(args: argparse.Namespace) -> str:
@@ -201,16 +194,10 @@ def export(args: argparse.Namespace) -> str:
 
 
 def cross_validate(args: argparse.Namespace) -> str:
-    from src.folds import cross_validate
+    from src.folds import cross_validate, in_words
 
-    config = config_of(args, args.preset)
-    folder, found = cross_validate(config, paths_of(args), args.folds)
-    pooled = found["pooled"]
-    interval = f"[{pooled['wilson_low']:.2%}, {pooled['wilson_high']:.2%}]"
-    return (
-        f"{found['folds']} folds: {found['mean']:.2%} ± {100 * found['sd']:.2f}; all {pooled['n']:,} images "
-        f"{pooled['accuracy']:.2%} {interval}; see {shown(folder)}"
-    )
+    folder, found = cross_validate(config_of(args, args.preset), paths_of(args), args.folds)
+    return f"{in_words(found)}; see {shown(folder)}"
 
 
 def predict(args: argparse.Namespace) -> str:
@@ -242,7 +229,7 @@ def finished_result(args: argparse.Namespace) -> Result:
 def audit(args: argparse.Namespace) -> str:
     from src.audit import audit_data
 
-    return f"see {shown(audit_data(config_of(args, 'baseline'), paths_of(args)))}"
+    return f"see {shown(audit_data(config_of(args, args.preset), paths_of(args)))}"
 
 
 def analysis(args: argparse.Namespace) -> str:
@@ -262,20 +249,19 @@ def analysis(args: argparse.Namespace) -> str:
 
 
 def explain(args: argparse.Namespace) -> str:
-    from src.analysis import ARMS
-    from src.explain import write_explanations
+    from src.explain import shown_together, write_explanations
 
-    paths, configs_of_arms = paths_of(args), [config_of(args, arm) for arm in ARMS]
+    paths, configs_of_arms = paths_of(args), [config_of(args, arm) for arm in shown_together(args.preset)]
     for config in configs_of_arms:
         finished_run(config, paths)
-    return f"see {shown(write_explanations(*(run(config, paths) for config in configs_of_arms)))}"
+    return f"see {shown(write_explanations([run(config, paths) for config in configs_of_arms]))}"
 
 
 def attributions(args: argparse.Namespace) -> str:
     from src.attributions import write_attributions
 
     result = finished_result(args)
-    folder = paths_of(args).results / "explain"
+    folder = paths_of(args).results_around(args.preset) / "explain"
     write_attributions(result, folder)
     return f"see {shown(folder)}"
 

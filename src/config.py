@@ -28,7 +28,8 @@ class DataConfig:
     others get there, by their central square (`crop`) or whole (`squash`).
     `fit_per_class`: at most so many images a class to train on (0: all); `imbalance`: how many times fewer
     images the last class keeps than the first (Cui et al. 2019). `sampling`: `shuffle`, or `balanced`, which
-    draws every class equally often.
+    draws every class equally often; `draws_per_class`: so often an epoch, images coming again where there are
+    fewer (0: as many draws as there are images, over all classes).
     """
 
     source: str = "hub"
@@ -45,6 +46,7 @@ class DataConfig:
     fit_per_class: int = 0
     imbalance: float = 1.0
     sampling: str = "shuffle"
+    draws_per_class: int = 0
 
 
 @dataclass(frozen=True)
@@ -302,6 +304,7 @@ WEIGHTS = ("hub", "package", "embedded", "random")
 
 # field, when it is not off, needs another field to be one of these
 NEEDS = (
+    ("data.draws_per_class", "data.sampling", ("balanced",)),
     ("model.head_init", "model.head", ("plain", "attention", "cross_attention")),
     ("model.relative_position", "model.head", ("attention",)),
     ("model.class_queries", "model.head", ("cross_attention",)),
@@ -315,6 +318,7 @@ RANGES = {
     "data.fold": (0, 19),
     "data.fit_per_class": (0, 10**6),
     "data.imbalance": (1, 10**6),
+    "data.draws_per_class": (0, 10**6),
     "augment.flip": (0, 1),
     "augment.crop_padding": (0, 512),
     "augment.rotation": (0, 180),
@@ -531,6 +535,10 @@ PROFILES = {
 }
 # What an arm has in a profile beside that: its length, and sizes that go with the profile's.
 _STAND_IN = {"data.stored_size": 64, "data.resize": "crop"}
+# Two documents have one rate for all parameters: the animals' holds for EfficientNet, too, while its
+# batch-normalised layers want a larger one than that of fine-grained classes.
+_ANIMALS = {"optim.lr": ANIMALS40.optim.lr}
+_FINE_GRAINED = {"optim.head_lr": _LITE0["optim.lr"]}
 _PRETRAIN = {"model.backbone": "convnext_atto", "model.weights": "random", "optim.lr": 1e-3}
 ARM_CHANGES: dict[tuple[str, str], dict[str, object]] = {
     ("pretrain", "quick"): {**_PRETRAIN, "train.epochs": 2},
@@ -543,19 +551,23 @@ ARM_CHANGES: dict[tuple[str, str], dict[str, object]] = {
     ("best", "offline"): {"train.epochs": 4, "augment.randaugment_ops": 0},
     ("best", "full"): {"model.image_size": 288, "train.start_size": 192},
     ("animals40", "quick"): {
+        **_ANIMALS,
         **{"data.source": "mini_animals", "data.holdout_per_class": 3, "augment.flip": 0.5},
         "train.epochs": 8,
     },
     ("dogs20", "quick"): {"data.source": "mini_dogs", "data.holdout_per_class": 3},
     ("fine_grained", "quick"): {
+        **_FINE_GRAINED,
         **{"data.source": "mini_birds", "data.holdout_per_class": 3, "augment.flip": 0.25},
         "train.epochs": 6,
     },
     # Stand-ins, cut from Tiny-ImageNet as it is stored for the main arms.
-    ("animals40", "offline"): {**_STAND_IN, "data.classes": "animals40"},
+    ("animals40", "offline"): {**_STAND_IN, **_ANIMALS, "data.classes": "animals40"},
     ("dogs20", "offline"): {**_STAND_IN, "data.classes": "dogs6"},
     ("fine_grained", "offline"): {
-        **{**_STAND_IN, "data.classes": "look_alikes", "data.holdout_per_class": 25},
+        **_STAND_IN,
+        **_FINE_GRAINED,
+        **{"data.classes": "look_alikes", "data.holdout_per_class": 25},
         **{"train.epochs": 6, "train.batch_size": 32},
     },
 }

@@ -39,11 +39,11 @@ ENSEMBLE = "ensemble"  # its name among its members'
 def ensemble_of(configs: Sequence[Config], seeds: Sequence[int], paths: Paths) -> tuple[Path, dict]:
     """Score the finished runs of `configs`, each under every one of `seeds`, and the mean of their answers.
 
-    Writes `ensemble.json` and `ensemble_validation_predictions.csv`, in the arms' own format, into the arm's
-    folder (that of several arms has all their names). `gain` is accuracy over the mean of the members;
-    `best_member` is chosen on `holdout`, of equals the first, and compared with the ensemble on `valid`.
-    Raises `SetupError` for fewer than two runs, for a run that is not finished, is damaged or is one of
-    another configuration, and for runs that did not predict the same images.
+    Writes `ensemble.json` and `ensemble_validation_predictions.csv`, in the arms' own format, into `ensemble`
+    in the arm's folder (that of several arms has all their names). `gain` is accuracy over the mean of the
+    members; `best_member` is chosen on `holdout`, of equals the first, and compared with the ensemble on
+    `valid`. Raises `SetupError` for fewer than two runs, for a run that is not finished, is damaged or is one
+    of another configuration, and for runs that did not predict the same images.
     """
     seeds, configs = list(dict.fromkeys(seeds)), list({config.arm: config for config in configs}.values())
     if len(seeds) * len(configs) < 2:
@@ -54,7 +54,7 @@ def ensemble_of(configs: Sequence[Config], seeds: Sequence[int], paths: Paths) -
         for seed in seeds
     }
     runs = {name: finished_run(config, paths) for name, config in members.items()}
-    folder = paths.results_of("_".join(config.arm for config in configs))
+    folder = paths.results_of("_".join(config.arm for config in configs)) / ENSEMBLE
     require_writable(folder)
     setup = require_same_images(members, paths)
     logits = {
@@ -159,6 +159,16 @@ def scores_of(frames: dict[str, dict[str, pd.DataFrame]]) -> dict:
         "best_member_to_ensemble": {"a": best, "b": ENSEMBLE}
         | {key: value for key, value in against.items() if key not in ("a", "b")},
     }
+
+
+def in_words(numbers: dict) -> str:
+    """What `ensemble.json` holds of `valid`: the ensemble's accuracy, and what it gains."""
+    score, gained = numbers["scores"][ENSEMBLE]["valid"], numbers["gain"]["valid"]
+    points, low, high = (f"{100 * gained[key]:+.2f}" for key in ("difference", "low", "high"))
+    return (
+        f"{len(numbers['scores']) - 1} runs together {score['accuracy']:.2%} of valid; gain over the mean "
+        f"member: {points} points, 95 % interval [{low}, {high}]"
+    )
 
 
 def gain(right_MN: np.ndarray, right_N: np.ndarray) -> dict[str, float]:

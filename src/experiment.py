@@ -279,6 +279,7 @@ def make_batches(setup: Setup) -> tuple[FitData, Batches, float]:
         batch_size=config.train.batch_size,
         augmentation=config.augment,
         balanced=config.data.sampling == "balanced",
+        draws_per_class=config.data.draws_per_class,
     )
     size = config.model.predicts_at
     data = FitData(fit_on, batches(splits.holdout_N).at_size(size), cached)
@@ -416,13 +417,14 @@ def read_results(setup: Setup) -> Result:
 
 
 def class_counts_of(setup: Setup) -> Figure:
-    """The figure of how many images each class has, in all of its splits."""
+    """The figure of how many images each class has in train and `valid`."""
     from src.figures import class_counts
     from src.report import footer
 
     store, config = setup.store, setup.config
-    labels_N = store.labels_N[(store.official_split_N != "") & (store.labels_N >= 0)]
-    counts_K = np.bincount(labels_N, minlength=len(store.wnids))
+    # Test images may have labels, as a stand-in's do, but nothing is learned or chosen by them.
+    known_N = np.isin(store.official_split_N, ("train", "valid")) & (store.labels_N >= 0)
+    counts_K = np.bincount(store.labels_N[known_N], minlength=len(store.wnids))
     about = {"data": store.manifest["source"], "protocol": config.data.protocol}
     return class_counts(counts_K, store.class_names, config.arm.capitalize(), footer(about))
 

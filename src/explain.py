@@ -1,6 +1,7 @@
 """Where a trained model looks: Grad-CAM, the weights of its attention, and whether either says anything.
 
-    python -m src.experiment explain --profile offline --data DIR
+    python -m src.experiment explain --profile offline --data DIR                       baseline, improvement
+    python -m src.experiment explain --preset animals40 --profile offline --data DIR    one arm
 
 Maps are as large as the last feature map; `enlarged` brings them to the size of an image. Two measurements
 stand beside the pictures: how much more the accuracy falls when the marked part of an image is painted over
@@ -9,7 +10,7 @@ than when another part is, and how many answers the attention changes.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,7 +22,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from src import SetupError
-from src.analysis import sources
+from src.analysis import ARMS
 from src.data.batches import Batches
 from src.evaluate import paired_interval
 from src.figures.arm import SAMPLE_SEED
@@ -32,7 +33,7 @@ from src.figures.explain import (
     findings,
     where_it_looks,
 )
-from src.files import write_json
+from src.files import sha256, write_json
 from src.model.build import Classifier
 from src.report import footer, save
 
@@ -209,26 +210,30 @@ def _paired_difference(a_N: np.ndarray, b_N: np.ndarray) -> dict:
     return {"difference": difference, "difference_low": low, "difference_high": high}
 
 
-# ------------------------------------------------------------------------------------- of both arms' runs
+# ------------------------------------------------------------------------------------- of finished runs
 
 
-def write_explanations(baseline: Result, improvement: Result) -> Path:
+def shown_together(arm: str) -> tuple[str, ...]:
+    """The arms whose maps stand side by side: baseline and improvement, any other alone."""
+    return ARMS if arm in ARMS else (arm,)
+
+
+def write_explanations(results: Sequence[Result]) -> Path:
     """`where_it_looks.png`, `attention_over_training.png` (of an attention head) and `explain.json`.
 
-    Returns their folder, `explain` beside the arms'. Raises `SetupError` for arms that did not predict the
-    same images.
+    `results`: of an arm, or of baseline and improvement. Returns their folder, `explain` within the arm's or
+    beside those of both. Raises `SetupError` for arms that did not predict the same images.
     """
-    folder = baseline.setup.paths.results / "explain"
-    frames = [result.predictions for result in (baseline, improvement)]
-    groups = drawn_rows(*frames)
+    setup, last = results[0].setup, results[-1]
+    folder = (setup.paths.results if len(results) > 1 else last.folder) / "explain"
+    groups = drawn_rows([result.predictions for result in results])
     shown_N = np.concatenate([rows for _, rows in groups])
-    measured_N = np.random.default_rng(SEED).permutation(len(frames[0]))[:N_MEASURED]
-    columns, numbers = [], {"source_sha256": sources(folder.parent), "share_deleted": SHARE}
-    for result in (baseline, improvement):
+    measured_N = np.random.default_rng(SEED).permutation(len(last.predictions))[:N_MEASURED]
+    columns, numbers = [], {"source_sha256": sources(results), "share_deleted": SHARE}
+    for result in results:
         columns += map_columns(result, shown_N)
         numbers[result.setup.config.arm] = measurements(result, np.sort(measured_N))
-    notes = dict.fromkeys(footer(result.metrics) for result in (baseline, improvement))
-    setup = baseline.setup
+    notes = dict.fromkeys(footer(result.metrics) for result in results)
     figure = where_it_looks(
         [(heading, len(rows)) for heading, rows in groups],
         setup.store.pictures(setup.splits.valid_N[shown_N]),
@@ -236,25 +241,35 @@ def write_explanations(baseline: Result, improvement: Result) -> Path:
         "\n".join([findings(numbers), *notes]),
     )
     save(figure, folder / "where_it_looks.png")
-    if "gate" in improvement.history or "gate_1" in improvement.history:
-        about = improvement.metrics
-        figure = attention_over_training(improvement.history, about["best_epoch"], footer(about))
+    if "gate" in last.history or "gate_1" in last.history:
+        figure = attention_over_training(last.history, last.metrics["best_epoch"], footer(last.metrics))
         save(figure, folder / "attention_over_training.png")
     write_json(folder / "explain.json", numbers)
     return folder
 
 
-def drawn_rows(baseline: pd.DataFrame, improvement: pd.DataFrame) -> list[tuple[str, np.ndarray]]:
-    """Of images that both arms, one of them or neither got right: a heading, and rows drawn with a seed."""
-    if baseline["Image_Id"].tolist() != improvement["Image_Id"].tolist():
+def sources(results: Sequence[Result]) -> dict[str, str]:
+    """Arm -> SHA-256 of its prediction file."""
+    arms = {result.setup.config.arm: result.folder for result in results}
+    return {arm: sha256(folder / f"{arm}_validation_predictions.csv") for arm, folder in arms.items()}
+
+
+def drawn_rows(frames: Sequence[pd.DataFrame]) -> list[tuple[str, np.ndarray]]:
+    """Of images that one, both or none of the arms got right: a heading, and rows drawn with a seed.
+
+    `frames`: the prediction table of an arm, or of baseline and improvement.
+    """
+    if frames[0]["Image_Id"].tolist() != frames[-1]["Image_Id"].tolist():
         raise SetupError("the arms did not predict the same images; run both on the same data.")
-    a, b = (frame["Is_Correct"].to_numpy(bool) for frame in (baseline, improvement))
+    a, b = (frame["Is_Correct"].to_numpy(bool) for frame in (frames[0], frames[-1]))
     kinds = {
         "Both are right": a & b,
         "Only the improvement is right": ~a & b,
         "Only the baseline is right": a & ~b,
         "Both are wrong": ~a & ~b,
     }
+    if len(frames) == 1:
+        kinds = {"The answer is right": a, "The answer is wrong": ~a}
     drawn = []
     for kind, is_of_kind in kinds.items():
         rows = pd.Series(np.flatnonzero(is_of_kind))

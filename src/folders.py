@@ -43,6 +43,10 @@ class Paths:
         """The folder of what people read about an arm."""
         return self.results / (f"studies/{arm}" if arm in configs.STUDY_ARMS else arm.capitalize())
 
+    def results_around(self, arm: str) -> Path:
+        """The folder of what is not of the arm alone, such as an audit: its study's, or all results."""
+        return self.results_of(arm) if arm in configs.STUDY_ARMS else self.results
+
 
 def require_writable(folder: Path) -> None:
     """Make `folder` and try to write into it."""

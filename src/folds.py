@@ -50,6 +50,16 @@ def cross_validate(config: Config, paths: Paths, n_folds: int) -> tuple[Path, di
     return folder, numbers
 
 
+def in_words(found: dict) -> str:
+    """What `folds.json` holds: accuracy over folds, and of all images together."""
+    pooled = found["pooled"]
+    interval = f"[{pooled['wilson_low']:.2%}, {pooled['wilson_high']:.2%}]"
+    return (
+        f"{found['folds']} folds: {found['mean']:.2%} ± {100 * found['sd']:.2f}; all {pooled['n']:,} images "
+        f"{pooled['accuracy']:.2%} {interval}"
+    )
+
+
 def run_fold(config: Config, paths: Paths) -> tuple[dict, np.ndarray]:
     """One fold, or what it left -> its line, and whether each image of its part is answered right."""
     setup = prepare(config, paths)

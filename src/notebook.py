@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -13,15 +15,17 @@ from matplotlib.figure import Figure
 from PIL import Image as Pillow
 from torch import nn
 
-from src import SetupError
+from src import SetupError, audit, ensemble, folds, search
 from src.answers import write_answers
+from src.attributions import METHODS
 from src.data.augment import augment
 from src.evaluate import per_class
 from src.experiment import Result, Setup, class_counts_of, configure, finished_run, run
-from src.explain import write_explanations
+from src.explain import shown_together, write_explanations
+from src.figures.attributions import drop_findings
 from src.files import read_json
 from src.folders import Paths
-from src.strangers import in_words, write_strangers
+from src.strangers import in_words, write_strangers, zero_shot_in_words
 from src.studies import STUDIES, reported
 
 WIDTH = 900  # pixels: as wide as a notebook's column, and an executed copy stays well below 1 MB
@@ -179,17 +183,61 @@ def conclusion(result: Result) -> Markdown:
 
 
 def where_it_looks(result: Result) -> list[Markdown | Image]:
-    """Both arms' maps on the same images; a hint where the baseline's run is not there."""
+    """The run's maps, or both main arms' on the same images; a hint where the other has not run."""
     setup, config = result.setup, result.setup.config
     overrides = {"data.protocol": config.data.protocol, "train.seed": config.train.seed}
-    baseline = configure("baseline", config.profile, config.data.path, overrides)
+    arms = shown_together(config.arm)
+    others = {a: configure(a, config.profile, config.data.path, overrides) for a in arms if a != config.arm}
     try:
-        finished_run(baseline, setup.paths)
+        for other in others.values():
+            finished_run(other, setup.paths)
     except SetupError as error:
         return [Markdown(f"*This needs both arms:* {error}")]
-    folder = write_explanations(run(baseline, setup.paths), result)
+    folder = write_explanations([run(others[a], setup.paths) if a in others else result for a in arms])
     names = ("where_it_looks.png", "attention_over_training.png")
     return [small_image(folder / name) for name in names if (folder / name).exists()]
+
+
+@dataclass(frozen=True)
+class Further:
+    """What a command makes of finished runs: its JSON below the arm's folder, its words and its picture."""
+
+    title: str
+    command: str
+    file: str
+    words: Callable[[dict], str]
+    picture: str = ""
+
+
+FURTHER = (
+    Further("CLIP, zero-shot", "zero_shot", "zero_shot/zero_shot.json", zero_shot_in_words),
+    Further("k-fold cross-validation", "cross_validate", "folds.json", folds.in_words),
+    Further("Ensemble of seeds", "ensemble", "ensemble/ensemble.json", ensemble.in_words),
+    Further("Search", "search", "search.json", search.in_words, "search.png"),
+    Further(
+        "LIME and SHAP",
+        "attributions",
+        "explain/attributions.json",
+        lambda found: drop_findings(found, METHODS),
+        "explain/attributions.png",
+    ),
+    Further("Near-duplicates", "audit", "data/audit.json", audit.copies_in_words, "data/near_duplicates.png"),
+)
+
+
+def further(result: Result) -> list[Markdown | Image]:
+    """What there is of a study's `FURTHER`, in words and pictures; of the others the commands."""
+    config, shown = result.setup.config, []
+    where = f"--preset {config.arm} --profile {config.profile}{' --data DIR' if config.data.path else ''}"
+    for part in FURTHER:
+        path = result.folder / part.file
+        told = f"not run: `python -m src.experiment {part.command} {where}`"
+        if path.exists():
+            told = part.words(read_json(path))
+        shown.append(Markdown(f"**{part.title}:** {told}"))
+        if path.exists() and part.picture and (result.folder / part.picture).exists():
+            shown.append(small_image(result.folder / part.picture))
+    return shown
 
 
 def comparison(result: Result) -> list[Markdown | Image]:

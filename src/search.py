@@ -236,6 +236,13 @@ def write_results(search: Search, folder: Path) -> dict:
     return found
 
 
+def in_words(found: dict) -> str:
+    """What `search.json` holds: the best trial beside the preset."""
+    best, plain = found["best"]["holdout_accuracy"], found["preset"]["holdout_accuracy"]
+    fields = ", ".join(f"{name} = {value:g}" for name, value in found["best"]["fields"].items())
+    return f"best of {found['trials']} trials: holdout {best:.2%}, the preset's {plain:.2%}, with {fields}"
+
+
 def command_of(config: Config) -> str:
     """The command line that runs this configuration; local data are called DIR."""
     plain = preset(config.arm, config.profile)

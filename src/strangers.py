@@ -15,9 +15,11 @@ import numpy as np
 
 from src import SetupError
 from src.answers import logits_of
+from src.evaluate import accuracy
 from src.experiment import Result, saved_logits
-from src.report import footer
-from src.unknown import UNKNOWN, write_unknown
+from src.files import read_json, write_json
+from src.report import footer, rounded
+from src.unknown import max_softmax, threshold_keeping, write_unknown
 from src.zero_shot import zero_shot_logits
 
 FOLDER, ZERO_SHOT = "strangers", "zero_shot"
@@ -27,8 +29,7 @@ def test_rows(result: Result) -> np.ndarray:
     """Rows of the labelled test images. Raises `SetupError` where the data have none."""
     store = result.setup.store
     rows_N = np.flatnonzero(store.official_split_N == "test")
-    labels_N = store.labels_N[rows_N]
-    if not (labels_N != UNKNOWN).any():
+    if store.true_labels_N is None or not len(rows_N):
         raise SetupError(
             f"{store.manifest['source']} has no labelled test images: which of them are of unknown "
             "classes cannot be said. `predict` answers images without labels."
@@ -46,15 +47,78 @@ def write_strangers(result: Result) -> Path:
 
 
 def write_zero_shot(result: Result) -> Path:
-    """The same of CLIP, which is told the names of the classes and has trained on none of the images."""
-    store, rows_N, valid_N = result.setup.store, test_rows(result), result.setup.splits.valid_N
-    valid, test = (
-        (zero_shot_logits(store.pictures(rows), store.class_names), store.labels_N[rows])
-        for rows in (valid_N, rows_N)
-    )
+    """What CLIP makes of them, which has trained on none of the images, in the folder `zero_shot`.
+
+    `unknown.json` is of CLIP with the names that training has, as `write_strangers` is of the run;
+    `zero_shot.json` of CLIP with the names of all classes, alone and beside the run (see `named`).
+    """
+    setup, rows_N = result.setup, test_rows(result)
+    store, valid_N, n_known = setup.store, setup.splits.valid_N, len(setup.store.wnids)
+    names = (*store.class_names, *store.unknown_names)
+    valid_MA, clip_NA = (zero_shot_logits(store.pictures(rows), names) for rows in (valid_N, rows_N))
+    valid = valid_MA[:, :n_known], store.labels_N[valid_N]
+    test = clip_NA[:, :n_known], store.labels_N[rows_N]
     folder = result.folder / ZERO_SHOT
     write_unknown(folder, valid, test, f"CLIP, zero-shot · data: {store.manifest['source']}")
+    own_NK, (own_valid_MK, _) = logits_of(setup, store, rows_N), saved_logits(setup, "valid")
+    found = named(clip_NA, own_NK, own_valid_MK, store.true_labels_N[rows_N])
+    write_json(folder / "zero_shot.json", rounded(found))
     return folder
+
+
+def named(
+    clip_NA: np.ndarray, own_NK: np.ndarray, own_valid_MK: np.ndarray, labels_N: np.ndarray
+) -> dict[str, dict]:
+    """Right names for test images of all A classes, the first K of which training has.
+
+    `clip`: CLIP's answers; `network`: the run's, which cannot be right on the others; `both`: the run's where
+    its maximum softmax reaches the threshold that keeps 95 % of `valid`, else CLIP's among the names that
+    training does not have. Each has `all`, `known` and `unknown` images, as `accuracy` counts them. That
+    score, not the one that serves this test set best, as nobody could choose that beforehand.
+    """
+    n_known = own_NK.shape[1]
+    kept_N = max_softmax(own_NK) >= threshold_keeping(max_softmax(own_valid_MK))
+    own_N, others_N = own_NK.argmax(axis=1), n_known + clip_NA[:, n_known:].argmax(axis=1)
+    answers = {"clip": clip_NA.argmax(axis=1), "network": own_N, "both": np.where(kept_N, own_N, others_N)}
+    images = {"all": labels_N >= 0, "known": labels_N < n_known, "unknown": labels_N >= n_known}
+    scores = {
+        answer: {name: accuracy(said_N[of_N] == labels_N[of_N]) for name, of_N in images.items()}
+        for answer, said_N in answers.items()
+    }
+    return {"classes": {"known": n_known, "unknown": clip_NA.shape[1] - n_known}, **scores}
+
+
+def said(folder: Path, arm: str) -> str:
+    """What was found of strangers in the results of the arm in `folder`, in Markdown; else the commands."""
+    words = []
+    for command, title, name, tell in (
+        (FOLDER, "Strangers in the test set.", "unknown.json", in_words),
+        (ZERO_SHOT, "CLIP, told the names.", "zero_shot.json", zero_shot_in_words),
+    ):
+        path = folder / command / name
+        told = f"not run: `python -m src.experiment {command} --preset {arm} --data DIR`"
+        if path.exists():
+            told = f"{tell(read_json(path))}\n\n({footer(read_json(folder / 'metrics.json'))})"
+        words.append(f"**{title}** {told}")
+    return "\n\n".join(words)
+
+
+def zero_shot_in_words(found: dict) -> str:
+    """What `zero_shot.json` holds, in sentences."""
+
+    def right(answer: str, of: str = "all") -> str:
+        part = found[answer][of]
+        return f"{part['accuracy']:.2%} [{part['wilson_low']:.2%}, {part['wilson_high']:.2%}]"
+
+    n_known, n_unknown = found["classes"]["known"], found["classes"]["unknown"]
+    return (
+        f"With the names of all {n_known + n_unknown} classes CLIP has **{right('clip')}** of the "
+        f"{found['clip']['all']['n']:,} test images right: {right('clip', 'known')} of the {n_known} classes "
+        f"that training has, {right('clip', 'unknown')} of the {n_unknown} others. The trained network has "
+        f"{right('network')}, and none of the others. Its answer where its maximum softmax reaches the "
+        f"threshold that keeps 95 % of `valid`, CLIP's among the {n_unknown} other names where it does not: "
+        f"**{right('both')}** ({right('both', 'known')} and {right('both', 'unknown')})."
+    )
 
 
 def in_words(found: dict) -> str:

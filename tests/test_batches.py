@@ -137,7 +137,7 @@ def imbalanced(draw) -> tuple[np.ndarray, np.ndarray]:
 
 
 def draws(index_M: np.ndarray, labels_M: np.ndarray, seed: int = 0) -> np.ndarray:
-    return balanced_order(index_M, labels_M, np.random.default_rng(seed))
+    return balanced_order(index_M, labels_M, len(index_M), np.random.default_rng(seed))
 
 
 @settings(deadline=None, max_examples=200)
@@ -213,6 +213,33 @@ def test_balanced_batches_of_imbalanced_data(epoch):
     )
     # `in_order` scores a split: each of its rows once.
     assert torch.cat([x for x, _ in balanced.in_order()])[:, 0].tolist() == index_M.tolist()
+
+
+@pytest.mark.parametrize("epoch", [0, 1])
+def test_so_many_draws_of_every_class_each_augmented_anew(epoch):
+    """Classes of 6, 3 and 1 images, 6 draws each: exactly 6, 12 and 6 times 1, 2 and 6; no two alike."""
+    rows, _ = tiny.images(10)
+    labels_N = np.repeat([4, 7, 8], [6, 3, 1])
+    plain = Batches(rows, labels_N, np.arange(10), 5, CPU, PREPROCESS, RECIPE, True)
+    batches = replace(plain, draws_per_class=6)
+    assert (plain.n_examples, len(plain)) == (10, 2) and (batches.n_examples, len(batches)) == (18, 4)
+    steps = list(batches.epoch(0, epoch))
+    assert [len(labels_B) for _, labels_B in steps] == [5, 5, 4, 4]
+    inputs, labels = (torch.cat(parts) for parts in zip(*steps, strict=True))
+    assert [(labels == label).sum().item() for label in (4, 7, 8)] == [6, 6, 6]
+    only = inputs[labels == 8].flatten(1)
+    assert len(torch.unique(only, dim=0)) == 6  # of one image
+    drawn = torch.cat([i for i, _ in replace(batches, rows=np.arange(10.0)[:, None], preprocess=None,
+                                             augmentation=AugmentConfig()).epoch(0, epoch)])  # fmt: skip
+    assert torch.bincount(drawn[:, 0].long()).tolist() == [1] * 6 + [2] * 3 + [6]
+    assert torch.cat([y for _, y in batches.in_order()]).tolist() == labels_N.tolist()
+    tail = list(batches.epoch(0, epoch, 3))
+    assert len(tail) == 1 and tail[0][0].equal(steps[3][0])
+
+
+def test_draws_are_counted_where_sampling_is_balanced_alone():
+    batches = replace(numbered(10, 4), draws_per_class=3)
+    assert (batches.n_examples, len(batches)) == (10, 3)
 
 
 def test_balanced_epochs_differ():

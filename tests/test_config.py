@@ -51,6 +51,7 @@ ALONGSIDE = {
     "optim.l2_sp": {"model.trainable": "all"},
     "optim.step_parts": {"optim.schedule": "step"},
     "data.fold": {"data.folds": 20},
+    "data.draws_per_class": {"data.sampling": "balanced"},
 }
 
 
@@ -119,6 +120,8 @@ def test_profile_changes_sizes_and_sources_but_never_the_method(arm, profile):
         ("best", "quick"): {"augment.flip", "after.tta", "model.head_init"},
         ("best", "offline"): {"augment.randaugment_ops"},
         ("best", "full"): {"train.start_size"},
+        ("fine_grained", "quick"): {"optim.head_lr"},  # one rate for all parameters, as documented
+        ("fine_grained", "offline"): {"optim.head_lr"},
     }
     assert changed - may_change == exceptions.get((arm, profile), set())
 

@@ -19,6 +19,7 @@ from src.config import with_fields
 from src.ensemble import ENSEMBLE, ensemble_of, gain, log_mean_probabilities
 from src.evaluate import is_right, read_predictions
 from src.experiment import FINISHED, Paths, run
+from tools import check
 
 SEEDS = (0, 1)
 SPLITS = ("holdout", "valid")
@@ -47,7 +48,7 @@ def saved(setups, split: str) -> tuple[np.ndarray, np.ndarray]:
 def test_members_and_their_mean_are_scored(finished):
     config, folder, setups = finished
     where, numbers = ensemble_of([config], SEEDS, paths(folder))
-    assert where == folder / "results" / "Baseline"
+    assert where == folder / "results" / "Baseline" / "ensemble"
     assert json.loads((where / "ensemble.json").read_text()) == numbers
     assert list(numbers["scores"]) == ["baseline seed 0", "baseline seed 1", ENSEMBLE]
     for split in SPLITS:
@@ -64,7 +65,7 @@ def test_members_and_their_mean_are_scored(finished):
         assert numbers["gain"][split]["difference"] == pytest.approx(expected)
 
 
-def test_the_table_is_that_of_the_mean_and_has_the_arms_columns(finished, pets, weights):
+def test_the_table_is_that_of_the_mean_and_has_the_arms_columns(finished, monkeypatch):
     config, folder, setups = finished
     where, numbers = ensemble_of([config], SEEDS, paths(folder))
     table = read_predictions(where / "ensemble_validation_predictions.csv")
@@ -73,7 +74,10 @@ def test_the_table_is_that_of_the_mean_and_has_the_arms_columns(finished, pets, 
     np.testing.assert_allclose(table["Confidence"], probabilities_NK.max(1), atol=1e-6)
     assert is_right(table).mean() == numbers["scores"][ENSEMBLE]["valid"]["accuracy"]
     run(config, paths(folder))
-    arm = read_predictions(where / "baseline_validation_predictions.csv")
+    files = [str(path.relative_to(folder)) for path in folder.glob("results/**/*.*")]
+    monkeypatch.setattr(check, "tracked", lambda root: files)
+    assert "results/Baseline/metrics.json" in files and check.results(folder) == []
+    arm = read_predictions(where.parent / "baseline_validation_predictions.csv")
     assert table.columns.tolist() == arm.columns.tolist()
     assert table["Image_Id"].tolist() == arm["Image_Id"].tolist()
 
@@ -136,7 +140,7 @@ def test_several_presets_make_one_ensemble(finished, pets, weights):
     improvement = own(pets, weights)
     trained(improvement, folder)
     where, numbers = ensemble_of([config, improvement], (0,), paths(folder))
-    assert where == folder / "results" / "Baseline_improvement"
+    assert where == folder / "results" / "Baseline_improvement" / "ensemble"
     assert list(numbers["scores"]) == ["baseline seed 0", "improvement seed 0", ENSEMBLE]
     others = with_fields(improvement, {"data.split_seed": 1, "train.seed": 1})
     trained(others, folder)
@@ -206,6 +210,7 @@ def test_the_command_says_what_it_found(finished, pets, weights, capsys, monkeyp
         "baseline seed 1",
         ENSEMBLE,
     ]
-    assert lines[3].startswith("gain over the mean member on valid: ") and lines[4].startswith("see ")
+    assert lines[3].startswith("2 runs together ") and "gain over the mean member: " in lines[3]
+    assert lines[4].startswith("see ")
     assert "seed2 holds no finished run" in refused(capsys, [*command, "--seeds", "0,2"])
     assert "'worst' is unknown" in refused(capsys, [*command[:-1], "baseline,worst"])

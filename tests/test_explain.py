@@ -16,7 +16,7 @@ from test_report import assert_legible, said
 from torch import nn
 from torch.nn import functional as F
 
-from src import SetupError, explain, notebook, report
+from src import SetupError, analysis, explain, notebook, report
 from src.data.batches import Batches, Preprocess
 from src.evaluate import compare, prediction_frame
 from src.experiment import Paths, configure, run
@@ -425,7 +425,7 @@ def test_rows_are_drawn_of_every_kind():
     truth = [0] * 40
     a = frame_of(truth, [0] * 10 + [1] * 10 + [0] * 10 + [1] * 10)
     b = frame_of(truth, [0] * 10 + [0] * 10 + [1] * 10 + [1] * 10)
-    groups = drawn_rows(a, b)
+    groups = drawn_rows([a, b])
     assert [heading for heading, _ in groups] == [
         "Both are right: 2 of 10 images",
         "Only the improvement is right: 2 of 10 images",
@@ -434,15 +434,22 @@ def test_rows_are_drawn_of_every_kind():
     ]
     for start, (_, rows) in zip((0, 10, 20, 30), groups, strict=True):
         assert len(set(rows)) == 2 and all(start <= row < start + 10 for row in rows)
-    again = drawn_rows(a, b)
+    again = drawn_rows([a, b])
     assert all(np.array_equal(x, y) for (_, x), (_, y) in zip(groups, again, strict=True))
-    few = drawn_rows(a.iloc[:11], b.iloc[:11])
+    few = drawn_rows([a.iloc[:11], b.iloc[:11]])
     assert [heading for heading, _ in few] == [
         "Both are right: 2 of 10 images",
         "Only the improvement is right: 1 of 1 images",
     ]
     with pytest.raises(SetupError, match="same images"):
-        drawn_rows(a, b.iloc[::-1])
+        drawn_rows([a, b.iloc[::-1]])
+    alone = drawn_rows([a])
+    assert [heading for heading, _ in alone] == [
+        "The answer is right: 2 of 20 images",
+        "The answer is wrong: 2 of 20 images",
+    ]
+    for (_, rows), right in zip(alone, (True, False), strict=True):
+        assert (a["Is_Correct"].iloc[rows] == right).all()
 
 
 def test_both_arms_explained(pets, weights, tmp_path, monkeypatch):
@@ -454,12 +461,13 @@ def test_both_arms_explained(pets, weights, tmp_path, monkeypatch):
         patch.setattr(report, "save", lambda figure, path: None)  # the arms' own figures
         arms = ("baseline", "improvement")
         results = [run(configure(arm, "offline", str(pets), small), paths) for arm in arms]
-    folder = write_explanations(*results)
+    folder = write_explanations(results)
     assert folder == paths.results / "explain"
     names = ["attention_over_training.png", "explain.json", "where_it_looks.png"]
     assert sorted(path.name for path in folder.iterdir()) == names
     numbers = json.loads((folder / "explain.json").read_text())
     assert set(numbers) == {"source_sha256", "share_deleted", "baseline", "improvement"}
+    assert numbers["source_sha256"] == analysis.sources(paths.results)
     assert set(numbers["baseline"]) == {"map", "grad_cam"} and numbers["baseline"]["map"] == [2, 2]
     assert set(numbers["improvement"]) == {"map", "grad_cam", "attention_map", "attention"}
     for result in results:

@@ -567,6 +567,20 @@ def test_what_learns_of_a_backbone(tag):
         assert building._frozen_names(backbone) == rest, part
 
 
+def test_of_inception_s_weights_the_auxiliary_head_alone_is_left_out(monkeypatch):
+    """The file of `tv_in1k` has it, as torchvision's network does; timm's has none."""
+    with torch.device("meta"):
+        file = timm.create_model("inception_v3", pretrained=False, aux_logits=True).state_dict()
+        assert sum(name.startswith("AuxLogits.") for name in file) == 14
+        monkeypatch.setattr(building, "load_file", lambda path: dict(file))
+        loaded = building._load("inception_v3.tv_in1k", Path("x.safetensors"), 0.0)
+        assert set(loaded.state_dict()) == {name for name in file if not name.startswith("AuxLogits.")}
+        for name in ("AuxOther.weight", "Mixed_7c.AuxLogits.weight"):
+            monkeypatch.setattr(building, "load_file", lambda path, name=name: file | {name: file["fc.bias"]})
+            with pytest.raises(SetupError, match=f"does not fit inception_v3.tv_in1k.*\n.*{name}"):
+                building._load("inception_v3.tv_in1k", Path("x.safetensors"), 0.0)
+
+
 @pytest.mark.parametrize("tag", ["vgg11_bn", "densenet121"])
 def test_a_backbone_whose_features_end_with_a_layer(tag):
     backbone = on_meta(tag)

@@ -11,6 +11,7 @@ import pandas as pd
 import pytest
 import tiny
 import torch
+import torchvision
 from torch import nn
 
 from src import SetupError
@@ -18,9 +19,10 @@ from src.config import CHOICES, PRESETS, ModelConfig, preset
 from src.data import subsets
 from src.data.store import Store
 from src.data.subsets import PARTS, part_of
+from src.model import build as building
 from src.model.build import build_model, cost
 from src.optim import build_optimizer, lr_at
-from src.studies import STUDIES, fine_grained, reported
+from src.studies import STUDIES, animals, fine_grained, reported
 from src.studies.run import Plan
 
 FAMILY = ("animals40", "dogs20", "fine_grained")
@@ -101,6 +103,18 @@ def test_animals_are_dealt_out_as_the_study_has_them(zoo):
     assert (zoo.official_split_N[np.isin(split_N, ("train", "valid"))] == "train").all()
 
 
+def test_the_key_of_the_test_images_has_every_animal(zoo):
+    part = part_of(zoo, "animals40")
+    names = np.array([*part.class_names, *part.unknown_names])
+    assert len(names) == len(set(names)) == 59 and len(part.unknown_names) == 19
+    test_N, known_N = part.official_split_N == "test", part.labels_N >= 0
+    truth_N = np.array(zoo.class_names)[zoo.labels_N[test_N]]
+    assert (names[part.true_labels_N[test_N]] == truth_N).all()
+    assert (part.true_labels_N[test_N & known_N] == part.labels_N[test_N & known_N]).all()
+    assert (part.true_labels_N[test_N & ~known_N] >= 40).all()
+    assert zoo.true_labels_N is None and zoo.unknown_names == ()
+
+
 def test_animals_are_the_same_whatever_the_order_of_rows(zoo):
     order = np.random.default_rng(1).permutation(len(zoo))
     arrays = ("images", "labels_N", "official_split_N", "image_ids_N", "digests_N")
@@ -172,6 +186,14 @@ def test_animals_are_trained_as_the_report_says():
     assert parameters == 27_820_128 + 768 * 512 + 2 * 512 + 512 * 40 + 40
 
 
+@pytest.mark.parametrize("profile", ["quick", "offline"])
+@pytest.mark.parametrize(("arm", "rate"), [("animals40", 1e-3), ("fine_grained", 5e-4)])
+def test_all_parameters_have_one_rate_in_small_profiles_too(arm, profile, rate):
+    config = preset(arm, profile)
+    optimizer = build_optimizer(trained(config.model, 5), config.optim)
+    assert {group["base_lr"] for group in optimizer.param_groups} == {rate}
+
+
 def test_dogs_are_trained_alike_and_without_augmentation():
     config = PRESETS["dogs20"]
     assert config.augment.is_identity and config.model.trainable == "none"
@@ -216,6 +238,49 @@ def test_every_row_can_be_configured_and_differs_from_the_one_it_is_compared_wit
         assert configs[row.name].arm == name
         if row.against:
             assert configs[row.name] != configs[row.against]
+
+
+def test_as_many_images_of_every_class_leaves_none_out():
+    plan = Plan(STUDIES["animals40"], "offline", "somewhere")
+    config = plan.config(plan.study.row("as many images of every class"), 0)
+    assert (config.data.sampling, config.data.draws_per_class, config.data.fit_per_class) == (
+        "balanced",
+        250,
+        0,
+    )
+    recipe = plan.config(plan.study.row("recipe as written"), 0)
+    assert replace(config, data=replace(config.data, draws_per_class=0)) == recipe
+
+
+# What learns, by torchvision's networks: the modules of each.
+LEARNS = {
+    "VGG-16": ("vgg16", ("features", "classifier.0", "classifier.3")),
+    "ResNet-50": ("resnet50", ("layer4.1", "layer4.2")),
+    "Inception-V3": ("inception_v3", ("Mixed_7b", "Mixed_7c")),
+}
+
+
+@pytest.mark.parametrize("name", [*animals.HUB_BACKBONES, *animals.PACKAGE_BACKBONES, "VGG-16"])
+def test_every_backbone_of_the_animals_can_be_built(name):
+    """Without weights and memory; what of it learns is compared with torchvision's where that has names alike."""
+    profile = "offline" if name in animals.PACKAGE_BACKBONES else "full"
+    plan = Plan(STUDIES["animals40"], profile, "somewhere")
+    model = plan.config(plan.study.row(name), 0).model
+    tag = model.backbone.partition("@")[0]
+    building._require_known(tag)
+    with torch.device("meta"):
+        backbone = building._created(tag, model.drop_path)
+        backbone.reset_classifier(0)
+        map_shape = building._map_shape(backbone, tag, model.image_size)
+        built = building.Classifier(backbone, 40, model, map_shape)
+        assert built(torch.zeros(2, 3, model.image_size, model.image_size)).shape == (2, 40)
+        learning = sum(p.numel() for p in backbone.parameters() if p.requires_grad)
+        if name in LEARNS:
+            other, parts = getattr(torchvision.models, LEARNS[name][0])(), LEARNS[name][1]
+            assert learning == sum(
+                p.numel() for part in parts for p in other.get_submodule(part).parameters()
+            )
+    assert learning > 0
 
 
 def test_the_first_row_of_a_recipe_is_the_preset():

@@ -13,9 +13,10 @@ from functools import partial
 from pathlib import Path
 
 from bench.tables import growth, hotspots, speed, steps
+from src import strangers
 from src.config import STUDY_ARMS
 from src.evaluate import wilson
-from src.studies import ABLATION, STUDIES, TRANSFER, reported
+from src.studies import ABLATION, ANIMALS, STUDIES, TRANSFER, reported
 from src.studies.study import Study
 from src.studies.table import about, markdown, read_summary, read_table, write_summary
 from tools import torture
@@ -53,10 +54,16 @@ def study(of: Study, root: Path) -> str:
 
 
 def family(of: Study, root: Path) -> str:
-    """What a study reports beside what was measured here; below it all rows, where they have been run."""
+    """What a study reports beside what was measured here; below it all rows, where they have been run.
+
+    Then what was found of unknown classes, in the study that has them.
+    """
     table = reported.markdown(reported.beside_reported(of, root / "results"))
     measured = (of.path(root / "results") / "summary.csv").exists()
-    return f"{table}\n\n{study(of, root)}" if measured else table
+    parts = [table, *([study(of, root)] if measured else [])]
+    if of is ANIMALS:  # whose test set has classes that training has not
+        parts.append(strangers.said(of.path(root / "results"), of.name))
+    return "\n\n".join(parts)
 
 
 def audit(root: Path) -> str:

@@ -11,7 +11,7 @@ import mmap
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 import numpy as np
 import torch
@@ -93,20 +93,22 @@ def sent_in_parts(rows: np.ndarray, device: torch.device) -> torch.Tensor:
     return whole
 
 
-def balanced_order(index_M: np.ndarray, labels_M: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """As many draws (M,) as there are examples, each class equally often (to within one).
+def balanced_order(
+    index_M: np.ndarray, labels_M: np.ndarray, n_draws: int, rng: np.random.Generator
+) -> np.ndarray:
+    """So many draws (D,) of the examples, each class equally often (to within one).
 
     An image comes again only when all of its class have come, so balanced data are merely shuffled.
     """
     classes, labels_M, counts = np.unique(labels_M, return_inverse=True, return_counts=True)
-    quotas = np.full(len(classes), len(index_M) // len(classes))
-    quotas[rng.permutation(len(classes))[: len(index_M) % len(classes)]] += 1
-    drawn_labels_M = rng.permutation(np.repeat(np.arange(len(classes)), quotas))
-    order_M = np.empty_like(index_M)
+    quotas = np.full(len(classes), n_draws // len(classes))
+    quotas[rng.permutation(len(classes))[: n_draws % len(classes)]] += 1
+    drawn_labels_D = rng.permutation(np.repeat(np.arange(len(classes)), quotas))
+    order_D = np.empty(n_draws, index_M.dtype)
     for label, (count, quota) in enumerate(zip(counts, quotas, strict=True)):
         rounds = [rng.permutation(index_M[labels_M == label]) for _ in range(-(-quota // count))]
-        order_M[drawn_labels_M == label] = np.concatenate(rounds)[:quota]
-    return order_M
+        order_D[drawn_labels_D == label] = np.concatenate(rounds)[:quota]
+    return order_D
 
 
 @dataclass(frozen=True)
@@ -115,7 +117,7 @@ class Batches:
 
     Steps of an epoch differ in size by at most one, so no example is dropped and no batch is tiny. Images
     have a `preprocess`, features none. `augmentation` changes the images of `epoch`, `balanced` draws
-    every class equally often there.
+    every class equally often there, `draws_per_class` times or (0) as often as there are images for.
     """
 
     rows: np.ndarray | torch.Tensor
@@ -126,13 +128,20 @@ class Batches:
     preprocess: Preprocess | None = None
     augmentation: AugmentConfig = AugmentConfig()
     balanced: bool = False
+    draws_per_class: int = 0
 
     def __len__(self) -> int:
-        return -(-len(self.index_M) // self.batch_size)
+        """Steps of an epoch."""
+        return self._n_steps(self.n_examples)
 
-    @property
+    def _n_steps(self, n_examples: int) -> int:
+        return -(-n_examples // self.batch_size)
+
+    @cached_property
     def n_examples(self) -> int:
         """Examples an epoch sees."""
+        if self.balanced and self.draws_per_class:
+            return self.draws_per_class * len(np.unique(self.labels_N[self.index_M]))
         return len(self.index_M)
 
     def at_size(self, size: int) -> Batches:
@@ -143,10 +152,10 @@ class Batches:
         """Shuffled, augmented (inputs, labels_B) of one epoch from step `start` on."""
         rng = np.random.default_rng([seed, epoch])
         if self.balanced:
-            order_M = balanced_order(self.index_M, self.labels_N[self.index_M], rng)
+            order_D = balanced_order(self.index_M, self.labels_N[self.index_M], self.n_examples, rng)
         else:
-            order_M = rng.permutation(self.index_M)
-        parts = np.array_split(order_M, len(self))[start:]
+            order_D = rng.permutation(self.index_M)
+        parts = np.array_split(order_D, len(self))[start:]
         for step, (inputs, labels_B) in enumerate(self._taken(parts), start):
             if not self.augmentation.is_identity:
                 generator = torch.Generator().manual_seed(derived_seed(seed, epoch, step))
@@ -157,7 +166,8 @@ class Batches:
         self, some_of: Callable[[list[np.ndarray]], list[np.ndarray]] = list
     ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """(inputs, labels_B) once through the split in its own order, never augmented; or `some_of` them."""
-        for inputs, labels_B in self._taken(some_of(np.array_split(self.index_M, len(self)))):
+        parts = np.array_split(self.index_M, self._n_steps(len(self.index_M)))
+        for inputs, labels_B in self._taken(some_of(parts)):
             yield self._prepare(inputs), labels_B
 
     def _prepare(self, inputs: torch.Tensor) -> torch.Tensor:

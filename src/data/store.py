@@ -42,7 +42,8 @@ class Store:
 
     `images` uint8 (N,3,S,S), read-only memory map. `official_split_N` holds "train", "valid" or "test";
     the label of an unlabelled image is -1. `digests_N`: first 8 bytes of SHA-256 of the decoded pixels
-    (H,W,3), so that equal images are equal.
+    (H,W,3), so that equal images are equal. `true_labels_N`, where test images have an answer key: the label
+    of each; from K on they number `unknown_names`, classes that no other split has.
     """
 
     path: Path
@@ -52,6 +53,7 @@ class Store:
     image_ids_N: np.ndarray = field(repr=False)
     digests_N: np.ndarray = field(repr=False)
     manifest: dict = field(repr=False)
+    true_labels_N: np.ndarray | None = field(default=None, repr=False)
 
     @property
     def wnids(self) -> tuple[str, ...]:
@@ -60,6 +62,11 @@ class Store:
     @property
     def class_names(self) -> tuple[str, ...]:
         return tuple(c["name"] for c in self.manifest["classes"])
+
+    @property
+    def unknown_names(self) -> tuple[str, ...]:
+        """Names of the classes that test images alone have."""
+        return tuple(c["name"] for c in self.manifest.get("unknown_classes", ()))
 
     @property
     def size(self) -> int:

@@ -90,7 +90,8 @@ def animals(store: Store) -> Store:
 
     Classes are drawn with a fixed seed, and so is how many train images each has (150 to 250). 15 % of those
     are `valid`, as in the study. `test` is the official validation split of every animal; its rows have a
-    label where training has the class, and -1 where it has not.
+    label where training has the class, and -1 where it has not. `true_labels_N` numbers all animals, those
+    that training has first.
     """
     rng = np.random.default_rng(0)
     animals_K = np.array([i for i, wnid in enumerate(store.wnids) if wnid < ANIMALS_END])
@@ -111,7 +112,15 @@ def animals(store: Store) -> Store:
         rows = rng.permutation(rows)[: rng.integers(TRAIN_IMAGES[0], TRAIN_IMAGES[1], endpoint=True)]
         n_valid = round(VALID_SHARE * len(rows))
         split_N[rows[:n_valid]], split_N[rows[n_valid:]] = "valid", "train"
-    return replace(part, official_split_N=split_N)
+    unknown_K = np.setdiff1d(animals_K, known_K)
+    everyone = keep_classes(store, np.concatenate([known_K, unknown_K]))
+    unknown = everyone.manifest["classes"][N_KNOWN:]
+    return replace(
+        part,
+        official_split_N=split_N,
+        true_labels_N=everyone.labels_N,
+        manifest=part.manifest | {"unknown_classes": unknown},
+    )
 
 
 def _numbers(store: Store, wnids: tuple[str, ...]) -> np.ndarray:

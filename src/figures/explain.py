@@ -45,7 +45,9 @@ def where_it_looks(
 
     `groups`: heading and number of images (`N_ABREAST` at most), in the order of images and maps.
     """
-    figure = blank_figure(2.5 + 1.8 * len(groups), "Where the two arms look", f"{LEGEND}\n{note}")
+    arms = [column.title for column in columns if column.frame is not None]
+    title = "Where the two arms look" if len(arms) > 1 else f"Where {arms[0]} looks"
+    figure = blank_figure(2.5 + 1.8 * len(groups), title, f"{LEGEND}\n{note}")
     parts = np.ravel(figure.subfigures(len(groups), 1, squeeze=False))
     numbers, width = iter(range(len(images_NHWC))), 1 + len(columns)
     for part, (heading, n_images) in zip(parts, groups, strict=True):
@@ -123,15 +125,16 @@ def tint(map_HW: np.ndarray, relative: bool) -> np.ndarray:
 def findings(numbers: dict) -> str:
     """What was measured beside the pictures, a line each, from `write_explanations`' numbers."""
     share, lines = f"{100 * numbers['share_deleted']:.0f} %", []
-    for arm in ("baseline", "improvement"):
+    of_arms = {arm: part for arm, part in numbers.items() if isinstance(part, dict) and "grad_cam" in part}
+    for arm, measured in of_arms.items():
         for kind, what in (("grad_cam", "that Grad-CAM marks"), ("attention_map", "with most attention")):
-            if m := numbers[arm].get(kind):
+            if m := measured.get(kind):
                 lines.append(worth_of_marked(m, arm.capitalize(), share, what))
-    if m := numbers["improvement"].get("attention"):
-        lines.append(
-            f"Switching the attention off (gate {listed(m['gates'])} to 0) changes {m['answers_changed']} of "
-            f"{m['n']} answers; having it on is worth {with_interval(m)}."
-        )
+        if m := measured.get("attention"):
+            lines.append(
+                f"Switching the attention off (gate {listed(m['gates'])} to 0) changes "
+                f"{m['answers_changed']} of {m['n']} answers; having it on is worth {with_interval(m)}."
+            )
     return "\n".join(lines)
 
 
@@ -156,7 +159,7 @@ def with_interval(m: dict) -> str:
 def attention_over_training(history: pd.DataFrame, best_epoch: int, note: str) -> Figure:
     """Gate and entropy of the attention by epoch, with the values at which it does nothing."""
     text = f"{attention_sentence(history, best_epoch)}\n{note}"
-    figure = blank_figure(4.8, "Improvement: its attention, epoch by epoch", text)
+    figure = blank_figure(4.8, "The attention, epoch by epoch", text)
     nothing = ((0, "0: adds nothing"), (1, "1: all places alike"))
     titles = ("Gate", "Entropy of the attention, share\nof its largest (1 = all places alike)")
     for axes, kind, title, (value, label) in zip(

