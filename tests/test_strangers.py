@@ -94,7 +94,7 @@ def test_clip_is_told_the_names_of_the_classes(asked, tmp_path, monkeypatch):
     monkeypatch.setattr(strangers, "zero_shot_logits", logits)
     assert main([*asked("zero_shot"), "--preset", "baseline"]) == 0
     assert [shape[0] for shape, _ in told][1] == 12 and told[0][0][1:] == (64, 64, 3)
-    assert sorted(told[0][1]) == [f"name of {wnid}" for wnid in ANIMALS] and told[0][1] == told[1][1]
+    assert set(told[0][1]) == {"goldfish", "golden retriever", "Egyptian cat"} and told[0][1] == told[1][1]
     folder = tmp_path / "results" / "Baseline"
     unknown, found = (
         json.loads((folder / "zero_shot" / f"{name}.json").read_text()) for name in ("unknown", "zero_shot")
