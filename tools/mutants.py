@@ -291,8 +291,8 @@ MUTANTS = (
     Mutant(
         "images that are scored are augmented",
         "src/data/batches.py",
-        "len(self)))):\n            yield self._prepare(inputs), labels_B",
-        "len(self)))):\n            if not self.augmentation.is_identity:\n"
+        "self._taken(some_of(parts)):\n            yield self._prepare(inputs), labels_B",
+        "self._taken(some_of(parts)):\n            if not self.augmentation.is_identity:\n"
         "                generator = torch.Generator().manual_seed(0)\n"
         "                inputs = augment(inputs, self.augmentation, generator, self.preprocess.fill)\n"
         "            yield self._prepare(inputs), labels_B",
