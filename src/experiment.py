@@ -28,7 +28,7 @@ from src.after import best_temperature, improve
 from src.average import copied
 from src.config import Config
 from src.data.batches import Batches, to_device
-from src.data.sources import open_source
+from src.data.sources import open_source, stored_size_of
 from src.data.splits import Splits, make_splits
 from src.data.store import Store, open_store
 from src.data.subsets import part_of
@@ -435,6 +435,7 @@ def configure(
     """The preset under the profile; `data_dir`, or else the variable TINY_IMAGENET_DIR, names local data.
 
     The variable says nothing of the other studies' own images: there it counts for the stand-ins alone.
+    A user's own images are stored larger than Tiny-ImageNet's, where neither preset nor `overrides` says how.
     """
     config = configs.preset(arm, profile, overrides)
     hub_asked_for = (overrides or {}).get("data.source") == "hub"
@@ -444,6 +445,11 @@ def configure(
         data_dir = os.environ.get(DATA_VARIABLE, "")
     if data_dir:
         config = configs.with_fields(config, {"data.source": "local", "data.path": data_dir})
+    size = config.data.stored_size
+    said = "data.stored_size" in (overrides or {}) or size != configs.DataConfig().stored_size
+    if config.data.source == "local" and config.data.path and not said:
+        size = stored_size_of(Path(config.data.path).expanduser(), size)
+        config = configs.with_fields(config, {"data.stored_size": size})
     return config
 
 

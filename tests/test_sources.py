@@ -362,21 +362,22 @@ MD5 = hashlib.md5(CONTENT).hexdigest()
 
 
 class _Server(http.server.BaseHTTPRequestHandler):
-    """Serves CONTENT. `server.faults`, one a request: (status,), or after how many bytes to stop."""
+    """Serves `server.files` by path, else CONTENT. `server.faults`, one a request: (status,), or after how
+    many bytes to stop."""
 
     def do_GET(self):
-        asked = self.headers.get("Range")
+        asked, content = self.headers.get("Range"), self.server.files.get(self.path, CONTENT)
         self.server.asked.append(asked)
         start = int(asked[6:-1]) if asked and self.server.ranges else 0
         fault = self.server.faults.pop(0) if self.server.faults else None
-        if isinstance(fault, tuple):
-            return self.send_error(fault[0])
+        if isinstance(fault, tuple) or start >= len(content):
+            return self.send_error(fault[0] if fault else 416)
         self.send_response(206 if start else 200)
         if start:
-            self.send_header("Content-Range", f"bytes {start}-{len(CONTENT) - 1}/{len(CONTENT)}")
-        self.send_header("Content-Length", str(len(CONTENT) - start))
+            self.send_header("Content-Range", f"bytes {start}-{len(content) - 1}/{len(content)}")
+        self.send_header("Content-Length", str(len(content) - start))
         self.end_headers()
-        self.wfile.write(CONTENT[start:] if fault is None else CONTENT[start : start + fault])
+        self.wfile.write(content[start:] if fault is None else content[start : start + fault])
 
     def log_message(self, *args):
         pass
@@ -385,7 +386,7 @@ class _Server(http.server.BaseHTTPRequestHandler):
 @pytest.fixture
 def server():
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), _Server)
-    server.asked, server.faults, server.ranges = [], [], True
+    server.asked, server.faults, server.ranges, server.files = [], [], True, {}
     threading.Thread(target=server.serve_forever, daemon=True).start()
     server.url = f"http://127.0.0.1:{server.server_port}/tiny.zip"
     yield server
@@ -394,7 +395,7 @@ def server():
 
 
 SHORT = Patience(pause=0.0)
-fetch = functools.partial(download, size=len(CONTENT), md5=MD5, patience=SHORT)
+fetch = functools.partial(download, size=len(CONTENT), checksum=MD5, patience=SHORT)
 
 
 def names(folder: Path) -> list[str]:
@@ -447,6 +448,34 @@ def test_larger_answer_is_refused(server, tmp_path):
     with pytest.raises(SetupError, match="expected 1,000 bytes"):
         download(server.url, tmp_path / "t.zip", 1000, MD5, SHORT)
     assert names(tmp_path) == []
+
+
+def test_a_size_that_is_not_published_is_the_server_s(server, tmp_path):
+    sha256 = hashlib.sha256(CONTENT).hexdigest()
+    server.faults = [300_000, 1000]
+    fetch(server.url, tmp_path / "t.zip", size=0, checksum=sha256)
+    assert server.asked == [None, "bytes=300000-", "bytes=301000-"]
+    fetch(server.url, tmp_path / "t.zip", size=0, checksum=sha256)
+    assert (tmp_path / "t.zip").read_bytes() == CONTENT and len(server.asked) == 3
+    server.faults = [1000]
+    with pytest.raises(SetupError, match=r"u: 1,000 bytes came.*run again"):
+        fetch(server.url, tmp_path / "u", size=0, patience=Patience(attempts=1))
+    assert names(tmp_path) == ["t.zip", "u.partial", "u.partial.etag"]
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_all_bytes_are_there_but_not_in_place(whole, server, tmp_path):
+    """The server has nothing to add (416) to what a run before this one left."""
+    partial = tmp_path / "t.zip.partial"
+    partial.write_bytes(CONTENT if whole else CONTENT[:-1] + b"xx")
+    if whole:
+        fetch(server.url, tmp_path / "t.zip", size=0)
+        assert (tmp_path / "t.zip").read_bytes() == CONTENT
+    else:
+        with pytest.raises(SetupError, match=f"got 1,024,001 bytes, MD5 .*; expected MD5 {MD5}.*is removed"):
+            fetch(server.url, tmp_path / "t.zip", size=0)
+        assert names(tmp_path) == []
+    assert server.asked == [f"bytes={len(CONTENT) + (not whole)}-"]
 
 
 def test_permanent_error_is_not_repeated(server, tmp_path):

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import functools
 import io
+import itertools
+import os
 import re
 import unicodedata
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from statistics import median
 
 from src import SetupError
 from src.data.sources.base import (
@@ -22,9 +25,18 @@ from src.data.sources.base import (
     some,
 )
 from src.data.sources.tiny_imagenet import VALID_FOLDERS
-from src.data.sources.trees import IMAGE_SUFFIXES, FolderTree, is_image, missed_images
+from src.data.sources.trees import (
+    FORMATS,
+    IMAGE_SUFFIXES,
+    FolderTree,
+    is_hidden,
+    is_image,
+    missed_images,
+    subfolders,
+)
 
 ANIMALS_SHARE = 0.15
+LOOKED_AT = 8, 4  # class folders, and images of each, whose sizes tell the others'
 DIGIT_NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 
 
@@ -140,6 +152,32 @@ class ImageFolder:
         if missed := missed_images(self.tree.root, others):
             remedy = f"Rename or convert them to one of {' '.join(IMAGE_SUFFIXES)}, or remove them."
             raise self.error(f"{len(missed)} files are images, but not by their names", missed, remedy)
+
+
+def usual_side(path: Path) -> float:
+    """Pixels of the shorter side of the images in a folder of class folders: the median of a few.
+
+    Of the first classes by name the first images; unreadable ones are passed over, 0 where all are.
+    """
+    from PIL import Image
+
+    n_classes, n_images = LOOKED_AT
+    sides = []
+    for folder in subfolders(path / "train" if (path / "train").is_dir() else path)[:n_classes]:
+        for file in itertools.islice(_images_below(folder), n_images):
+            try:
+                with Image.open(file, formats=FORMATS) as image:
+                    sides.append(min(image.size))
+            except Exception:  # Pillow's plugins raise nearly everything on damaged bytes
+                continue
+    return median(sides) if sides else 0
+
+
+def _images_below(folder: Path) -> Iterator[Path]:
+    """The images below a folder, by name, found as they are asked for."""
+    for place, folders, names in os.walk(folder):
+        folders[:] = sorted(name for name in folders if not is_hidden(name))
+        yield from (Path(place, name) for name in sorted(names) if is_image(name) and not is_hidden(name))
 
 
 class Digits:

@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import replace
 
+from src.data.archives import whole_copy
 from src.data.sources.base import Example, check_same, digest_of, some
 from src.data.sources.listed import Listed, Totals, parse_images, parse_labels
 
@@ -29,12 +30,7 @@ class StanfordDogs(Listed):
     name = "stanford-dogs"
     marks = ("train_list.mat", "test_list.mat", "lists/*_list.mat", "Images/n[0-9]*-*")
     lists = "train_list.mat and test_list.mat"
-    remedy = (
-        "Get a whole copy: unpack http://vision.stanford.edu/aditya86/ImageNetDogs/images.tar (SHA-256 "
-        "a443fc2f9a851aa1a7b8e4fa4af94b8459fce2c9f5a2f4dd4669cf9673a4ec58) and "
-        "http://vision.stanford.edu/aditya86/ImageNetDogs/lists.tar (SHA-256 "
-        "34b47cacd9a98b5d150e084f24d29391c084c55272295ec65c85651bc35f4d6c) into one folder."
-    )
+    remedy = whole_copy("download_dogs")
 
     @functools.cached_property
     def breeds(self) -> dict[str, str]:
@@ -89,10 +85,7 @@ class Cub200(Listed):
     name = "cub-200-2011"
     marks = ("image_class_labels.txt", "train_test_split.txt")
     lists = "images.txt"
-    remedy = (
-        "Get a whole copy: unpack https://data.caltech.edu/records/65de6-vp158/files/CUB_200_2011.tgz "
-        "(1,150,585,339 bytes, MD5 97eceeb196236b17998738112f37df78)."
-    )
+    remedy = whole_copy("download_birds")
 
     @functools.cached_property
     def wnids(self) -> tuple[str, ...]:
@@ -217,13 +210,7 @@ class FoodX251(Listed):
     name = "foodx-251"
     marks = ("class_list.txt", "train_info.csv", "val_info.csv", "train_set")
     lists = "its CSV files"
-    remedy = (
-        "Get a whole copy: unpack https://food-x.s3.amazonaws.com/annot.tar (MD5 "
-        "0c632c543ceed0e70f0eb2db58eda3ab), https://food-x.s3.amazonaws.com/train.tar (MD5 "
-        "8e56440e365ee852dcb0953a9307e27f), https://food-x.s3.amazonaws.com/val.tar (MD5 "
-        "fa9a4c1eb929835a0fe68734f4868d3b) and, for the unlabelled images, "
-        "https://food-x.s3.amazonaws.com/test.tar (MD5 32479146dd081d38895e46bb93fed58f) into one folder."
-    )
+    remedy = whole_copy("download_food")
 
     @functools.cached_property
     def wnids(self) -> tuple[str, ...]:
