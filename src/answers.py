@@ -2,6 +2,7 @@
 
     python -m src.experiment predict --preset improvement --profile offline --data DIR --images FOLDER
     python -m src.experiment predict --preset improvement --profile offline --data DIR
+    python -m src.experiment improvement --data DIR --images FOLDER     which trains first, where it has to
 
 The images are decoded into a store like those of training and go through the model as `valid` does, so that
 equal pixels get equal answers.
@@ -97,18 +98,28 @@ def write_answers(config: Config, paths: Paths, images: str, out: Path) -> list[
     Raises `SetupError` for a run that is not finished, images that cannot be read, data without test images
     and a place that cannot be written to.
     """
+    require_answerable(images, out)
+    setup = run(as_it_ran(config, finished_run(config, paths)), paths).setup
+    return answer(setup, images, out, config.data.skip_bad)
+
+
+def require_answerable(images: str, out: Path) -> None:
+    """Raise `SetupError` where `out` cannot be written to, or `images` names no folder that holds any."""
     if (out.exists() and not out.is_file()) or (not images and out.name == SUBMISSION):
         raise SetupError(f"--out {out} is a folder or a device, or the submission's place. Name another file.")
     require_writable(out.parent)
+    if images:
+        UnlabelledFolder(Path(images).expanduser())
+
+
+def answer(setup: Setup, images: str, out: Path, skip_bad: bool) -> list[str]:
+    """`write_answers` of the finished run in `setup`, whose model holds its weights."""
+    data, cache = setup.config.data, setup.paths.cache
     folder = UnlabelledFolder(Path(images).expanduser()) if images else None
-    setup = run(as_it_ran(config, finished_run(config, paths)), paths).setup
-    source: Source = folder or open_source(setup.config.data, paths.cache)
+    source: Source = folder or open_source(data, cache)
     store = setup.store
     if folder:
-        data = setup.config.data
-        store = open_store(
-            folder, paths.cache, data.stored_size, resize=data.resize, skip_bad=config.data.skip_bad
-        )
+        store = open_store(folder, cache, data.stored_size, resize=data.resize, skip_bad=skip_bad)
     bad = left_out(store, source)
     table = answered(setup, store, list(bad))
     write_csv(table, out)

@@ -39,19 +39,42 @@ from src.folders import Paths, shown
 def obey(args: argparse.Namespace) -> str:
     """Do what the command line asks for; what it says at the end."""
     if args.command in COMMANDS:
-        if processes.n_processes() > 1:
-            raise SetupError(f"{args.command} works in one process: start it without `accelerate launch`.")
+        require_one_process(args.command)
         if args.backup and args.command != "cross_validate":
             raise SetupError(
                 f"{args.command} makes no snapshots: leave --backup out. It keeps runs of presets and folds; "
                 "of a study, --results holds what goes on."
             )
         return COMMANDS[args.command](args)
-    paths = paths_of(args)
-    run(config_of(args, args.command), paths)
+    config, paths = config_of(args, args.command), paths_of(args)
+    if args.images:
+        return run_and_answer(config, paths, args)
+    if args.out:
+        raise SetupError(
+            f"--out {args.out} is for the answers about --images FOLDER, which is not given. (`predict` "
+            "answers the data's own test images.)"
+        )
+    run(config, paths)
     return summary(paths.results)
 
 
+def require_one_process(what: str) -> None:
+    if processes.n_processes() > 1:
+        raise SetupError(f"{what} works in one process: start it without `accelerate launch`.")
+
+
+def run_and_answer(config: Config, paths: Paths, args: argparse.Namespace) -> str:
+    """Run the preset, then answer the images of --images; what is wrong with those is said first."""
+    from src.answers import answer, require_answerable
+
+    out = Path(args.out or ANSWERS)
+    require_one_process("--images")
+    require_answerable(args.images, out)
+    said = answer(run(config, paths).setup, args.images, out, config.data.skip_bad)
+    return "\n".join([summary(paths.results), *said])
+
+
+ANSWERS = "answers.csv"
 OPTIONS: dict[str, dict] = {
     "--profile": {"default": "full", "help": f"one of: {', '.join(configs.PROFILES)} (default: full)"},
     "--data": {"default": "", "help": f"local data instead of the profile's source (or {DATA_VARIABLE})"},
@@ -67,8 +90,12 @@ OPTIONS: dict[str, dict] = {
         "default": "improvement",
         "help": "for other commands (default: improvement); ensemble takes several with commas",
     },
-    "--images": {"default": "", "metavar": "FOLDER", "help": "for predict (default: the data's test images)"},
-    "--out": {"default": "answers.csv", "metavar": "CSV", "help": "for predict (default: answers.csv)"},
+    "--images": {
+        "default": "",
+        "metavar": "FOLDER",
+        "help": "images to answer, for a preset and for predict (predict without it: the data's test images)",
+    },
+    "--out": {"default": "", "metavar": "CSV", "help": f"the answers' file (default: {ANSWERS})"},
     "--rows": {"nargs": "+", "default": [], "metavar": "NAME", "help": "for studies (default: all)"},
     "--seeds": {"default": "0,1,2", "help": "for studies, soup and ensemble (default: 0,1,2)"},
     "--trials": {"type": int, "default": 20, "help": "for search (default: 20)"},
@@ -120,15 +147,22 @@ def read_seeds(text: str) -> list[int]:
 
 
 def ablation(args: argparse.Namespace) -> str:
-    from src.studies import STUDIES
+    from src.studies import STUDIES, TRANSFER
+    from src.studies.reported import write_beside_reported
     from src.studies.run import Plan, run_study
 
+    if args.preset == TRANSFER.name:  # its rows need weights that it trains first
+        return transfer40(args)
     study = STUDIES.get("ablation" if args.preset == "improvement" else args.preset)
     if study is None:
-        known = ", ".join(name for name in STUDIES if name in configs.PRESETS)
+        known = ", ".join(name for name in STUDIES if name != "ablation")
         raise SetupError(f"--preset {args.preset}: there are rows of {known}, and without it the ablation's.")
     plan = Plan(study, args.profile, args.data, overrides_of(args))
-    return summary_of(run_study(plan, paths_of(args), args.rows, read_seeds(args.seeds)))
+    paths = paths_of(args)
+    folder = run_study(plan, paths, args.rows, read_seeds(args.seeds))
+    if study.name in configs.STUDY_ARMS:
+        write_beside_reported(study, paths.results)
+    return summary_of(folder)
 
 
 def transfer40(args: argparse.Namespace) -> str:
@@ -204,7 +238,7 @@ def predict(args: argparse.Namespace) -> str:
     from src.answers import write_answers
 
     config = config_of(args, args.preset)
-    return "\n".join(write_answers(config, paths_of(args), args.images, Path(args.out)))
+    return "\n".join(write_answers(config, paths_of(args), args.images, Path(args.out or ANSWERS)))
 
 
 def strangers(args: argparse.Namespace) -> str:
