@@ -122,8 +122,8 @@ def study(name: str, paths: Paths) -> Markdown:
 
 
 def beside_reported(name: str, paths: Paths) -> Markdown:
-    """What the study reports beside what was measured here, as a table."""
-    table = reported.beside_reported(STUDIES[name], paths.results)
+    """What the study reports beside what was measured here, as a table, which is written as CSV, too."""
+    table = reported.write_beside_reported(STUDIES[name], paths.results)
     return Markdown(reported.markdown(table))
 
 

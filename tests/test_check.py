@@ -46,7 +46,7 @@ git clone {URL}.git
 <!-- reliability:begin -->
 <!-- reliability:end -->
 """
-NOT_RUN = "not run yet: `python -m src.experiment ablation`"
+NOT_RUN = "not run yet: `python -m src.experiment ablation --profile offline --data DIR`"
 
 
 @pytest.fixture

@@ -327,6 +327,30 @@ def test_comparison_waits_for_the_other_arm_and_then_names_the_numbers(tmp_path)
         assert number in text.data
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", execute.NOTEBOOKS)
+def test_every_notebook_runs_from_top_to_bottom(name, tmp_path, monkeypatch):
+    """In `quick`, as `make quick` and `make studies` do, but for two epochs."""
+    source, folder = execute.NOTEBOOKS[name]
+    book = nbformat.read(ROOT / "notebook" / source, as_version=4)
+    asked = [cell for cell in book.cells if '"train.seed": seed}' in cell.source]
+    assert len(asked) == 1
+    asked[0].source = asked[0].source.replace("seed}", 'seed, "train.epochs": 2}')
+    nbformat.write(book, tmp_path / Path(source).name)
+    monkeypatch.setitem(execute.NOTEBOOKS, name, (str(tmp_path / Path(source).name), folder))
+    monkeypatch.setenv("JUPYTER_PREFER_ENV_PATH", "1")
+    monkeypatch.chdir(ROOT)
+    results, runs = tmp_path / "results", str(tmp_path / "runs")
+    copy = execute.execute(name, str(results), {"profile": "quick", "runs_dir": runs})
+    done = [cell for cell in nbformat.read(copy, as_version=4).cells if cell.cell_type == "code"]
+    assert all(cell.execution_count for cell in done)
+    assert not [out for cell in done for out in cell.outputs if out.output_type == "error"]
+    metrics = json.loads((results / folder / "metrics.json").read_text(encoding="utf-8"))
+    assert metrics["epochs"] == 2 and metrics["profile"] == "quick"
+    beside = results / folder / "beside_reported.csv"
+    assert beside.exists() == folder.startswith("studies/")
+
+
 def test_tidy_drops_progress_bars_and_keeps_the_rest(tmp_path):
     bar = nbformat.v4.new_output("display_data", {execute.PROGRESS_BAR: {}, "text/plain": "0%|"})
     line = nbformat.v4.new_output("stream", text="epoch 1")

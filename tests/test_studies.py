@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -15,14 +16,17 @@ import torchvision
 from torch import nn
 
 from src import SetupError
+from src.commands import main
 from src.config import CHOICES, PRESETS, ModelConfig, preset
 from src.data import subsets
 from src.data.store import Store
 from src.data.subsets import PARTS, part_of
+from src.experiment import Paths
 from src.model import build as building
 from src.model.build import build_model, cost
 from src.optim import build_optimizer, lr_at
 from src.studies import STUDIES, animals, fine_grained, reported
+from src.studies import run as study_run
 from src.studies.run import Plan
 
 FAMILY = ("animals40", "dogs20", "fine_grained")
@@ -373,6 +377,82 @@ def test_a_measured_stand_in_is_named_as_such(tmp_path):
     write_table(study, folder, runs)
     write_summary(study, folder)
     line = reported.beside_reported(study, tmp_path).iloc[0]
-    assert line["here"] == f"{name}: 55.00 ± 7.07 % (2 seeds)"
+    assert line["here"] == f"{name}: 55.00 ± 7.07 % (2 seeds), loss {runs['valid_loss'].mean():.4f}"
+    assert line["reported"].endswith(" of 160, loss 0.3241, 340 ms a step")
     assert "stand-in" in line["run here on"] and "some_net.in1k" in line["run here on"]
     assert reported.markdown(pd.DataFrame([line])).count("\n") == 2
+    # One of the seeds was timed: in the file the other has an empty cell.
+    write_table(study, folder, runs.assign(predict_ms=[np.nan, 41.6]))
+    assert reported.beside_reported(study, tmp_path).iloc[0]["here"] == f"{line['here']}, 42 ms a step"
+
+
+def test_the_comparison_is_a_file_too(tmp_path):
+    study = STUDIES["fine_grained"]
+    table = reported.write_beside_reported(study, tmp_path)
+    read = pd.read_csv(tmp_path / "studies" / "fine_grained" / "beside_reported.csv")
+    pd.testing.assert_frame_equal(read, table)
+    assert list(read.columns) == list(reported.HEADER) and len(read) == 6
+    assert not read["reported"].str.contains("loss|ms a step").any()  # which that study does not say
+
+
+def test_the_readme_says_how_the_rows_differ_from_the_preset():
+    study = STUDIES["fine_grained"]
+    own, row = preset("fine_grained", "offline"), Plan(study, "offline", "somewhere").config(study.rows[0], 0)
+    assert own.data.fit_per_class == 0
+    text = " ".join((Path(__file__).resolve().parents[1] / "README.md").read_text(encoding="utf-8").split())
+    theirs, ours = (f"{c.train.epochs} epochs at {c.model.image_size} px on" for c in (own, row))
+    assert f"{theirs} all images there, {ours} {row.data.fit_per_class} images a class here" in text
+
+
+def test_the_rows_of_transfer_are_not_run_without_their_pretraining(monkeypatch, capsys):
+    asked = []
+    monkeypatch.setattr("src.studies.run.run_study", lambda *_: pytest.fail("without a pretraining"))
+    monkeypatch.setattr("src.studies.transfer.run_transfer", lambda *a: asked.append(a) or Path("folder"))
+    monkeypatch.setattr("src.commands.summary_of", str)
+    assert main(["ablation", "--preset", "transfer40", "--profile", "quick", "--seeds", "3"]) == 0
+    ((plan, _, _, seeds),) = asked
+    assert plan.study is STUDIES["transfer40"] and seeds == [3]
+
+
+def test_a_row_of_a_timed_study_says_how_long_it_takes(pets, weights, tmp_path, monkeypatch):
+    """Eight `valid` images make a step of 32, all of it through the whole network."""
+    seen, waited = [], iter(np.cumsum([0, 9, 0, 0.5, 0, 0.1, 0, 0.2, 0, 0.3, 0, 0.4]).tolist())
+    monkeypatch.setattr(study_run, "time", SimpleNamespace(perf_counter=lambda: next(waited)))
+    original = study_run.one_pass
+
+    def counted(model, batches, device, label):
+        seen.append(original(model, batches, device, label))
+        return seen[-1]
+
+    monkeypatch.setattr(study_run, "one_pass", counted)
+    plan = Plan(STUDIES["ablation"], "offline", str(pets), tiny.small(weights))
+    paths = Paths(tmp_path / "results", tmp_path / "runs", tmp_path / "cache")
+    record = study_run.run_row(plan.job("baseline", 0), paths, timed=True)
+    assert record["predict_ms"] == 300.0  # the median of all steps but the first
+    assert [logits.shape for logits in seen] == [(32, 2)] * 6
+    np.testing.assert_allclose(seen[0][:8], seen[0][8:16], atol=1e-5)
+    assert STUDIES["dogs20"].timed and not STUDIES["ablation"].timed
+
+
+def test_the_figure_of_transfer_counts_images_a_class(tmp_path, monkeypatch):
+    from test_ablation import record
+
+    from src.studies import table as tables
+
+    study, drawn = STUDIES["transfer40"], []
+    monkeypatch.setattr(tables, "transfer_figure", lambda *given: drawn.append(given))
+    monkeypatch.setattr(tables, "save", lambda *_: None)
+    n_fit = {"10": 400, "50": 2000, "all": 19_000}
+    runs = [
+        record(f"{arm}, {n} images a class", 0, 0.5, n_fit=n_fit[n])
+        for n in n_fit
+        for arm in ("frozen", "fine-tuned")
+    ]
+    tables.write_table(study, tmp_path, pd.DataFrame(runs))
+    tables.write_summary(study, tmp_path)
+    ((_, table, axis, note),) = drawn
+    assert axis == "images a class to train on" and "every fifth (40 of" in note
+    assert sorted(set(table["images"])) == [10, 50, 475]
+    tables.write_table(study, tmp_path, pd.DataFrame(runs[-2:]))  # nothing says how many classes there are
+    tables.write_summary(study, tmp_path)
+    assert drawn[1][2] == "images to train on" and set(drawn[1][1]["images"]) == {19_000}

@@ -18,12 +18,13 @@ from pathlib import Path
 import nbformat
 
 from src import SetupError
+from src.config import STUDY_ARMS
 from src.embedded import card_of
 from src.evaluate import compare, read_predictions, score
-from src.files import sha256
+from src.files import sha256, write_csv
 from src.model.build import EMBEDDED_WEIGHTS
 from src.page import read_results, render
-from src.studies import STUDIES
+from src.studies import STUDIES, reported
 from src.studies.table import read_table, write_words
 from tools import readme, torture
 
@@ -180,7 +181,7 @@ def results(root: Path) -> list[str]:
 
 
 def studies(root: Path) -> list[str]:
-    """summary.csv and summary.md of a study are what its table of runs beside them gives."""
+    """What is made of a study's table of runs is what the table beside it gives."""
     failures = []
     for study in STUDIES.values():
         folder = study.path(root / "results")
@@ -194,6 +195,9 @@ def studies(root: Path) -> list[str]:
             continue
         with tempfile.TemporaryDirectory() as scratch:
             write_words(study, Path(scratch), table)
+            if study.name in STUDY_ARMS:
+                beside = reported.beside_reported(study, root / "results")
+                write_csv(beside, Path(scratch) / "beside_reported.csv")
             for counted in sorted(Path(scratch).iterdir()):
                 said = folder / counted.name
                 if not said.exists() or said.read_bytes() != counted.read_bytes():

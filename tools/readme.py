@@ -48,7 +48,7 @@ def study(of: Study, root: Path) -> str:
     """What all rows of a study share, then a line a row."""
     folder = of.path(root / "results")
     if not (folder / "summary.csv").exists():
-        return f"not run yet: `python -m src.experiment {of.name}`"
+        return f"not run yet: `python -m src.experiment {of.name} --profile offline --data DIR`"
     table = markdown(read_summary(folder / "summary.csv"), ("row", "valid", "ECE", "difference", "verdict"))
     return f"{about(of, read_table(of, folder))}.\n\n{table}"
 
@@ -174,6 +174,8 @@ def main(root: Path | None = None) -> int:
     root = root or Path(__file__).resolve().parent.parent
     for of in STUDIES.values():
         write_summary(of, of.path(root / "results"))
+        if of.name in STUDY_ARMS:
+            reported.write_beside_reported(of, root / "results")
     for page in PAGES:
         path = root / page
         path.write_text(rewritten(path.read_text(encoding="utf-8"), root, page), encoding="utf-8")

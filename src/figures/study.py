@@ -79,21 +79,21 @@ def _section_starts(summary: pd.DataFrame) -> list[int]:
 
 
 @styled
-def transfer_figure(title: str, table: pd.DataFrame, note: str) -> Figure:
-    """Both arms over the training images, on a logarithmic axis: a dot a seed, a line through their means."""
+def transfer_figure(title: str, table: pd.DataFrame, axis: str, note: str) -> Figure:
+    """Both arms over `images`, a logarithmic axis called `axis`: a dot a seed, a line through their means."""
     figure = blank_figure(5.2, f"{title}: accuracy on valid", note)
     axes = figure.subplots()
     for arm, (colour, label) in ARMS.items():
         own = table[table["arm"] == arm]
-        means = own.groupby("n_fit")["valid_accuracy"].mean()
-        axes.plot(own["n_fit"], own["valid_accuracy"], "o", ms=5, color=colour, alpha=0.45)
+        means = own.groupby("images")["valid_accuracy"].mean()
+        axes.plot(own["images"], own["valid_accuracy"], "o", ms=5, color=colour, alpha=0.45)
         axes.plot(means.index, means, "o-", ms=7, lw=2, color=colour, label=label)
-    sizes = sorted(set(table["n_fit"]))
+    sizes = sorted(set(table["images"]))
     axes.set_xscale("log")
-    axes.set_xticks(sizes, [f"{n:,}" for n in sizes])
+    axes.set_xticks(sizes, [f"{n:,.0f}" for n in sizes])
     axes.xaxis.set_minor_formatter(NullFormatter())
     axes.yaxis.set_major_formatter(percent)
-    axes.set(xlabel="images to train on", ylabel="accuracy on valid")
+    axes.set(xlabel=axis, ylabel="accuracy on valid")
     axes.legend(loc="upper left")
     return figure
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import pandas as pd
 
 from src.evaluate import wilson
-from src.files import read_json
+from src.files import read_json, write_csv
 from src.studies.study import Study
 from src.studies.table import read_summary, read_table
 
@@ -16,11 +17,19 @@ HEADER = ("row", "reported", "here", "run here on")
 NOT_RUN = "not run"
 
 
+def write_beside_reported(study: Study, results: Path) -> pd.DataFrame:
+    """`beside_reported`, which is written into the study's folder as `beside_reported.csv`, too."""
+    table = beside_reported(study, results)
+    write_csv(table, study.path(results) / "beside_reported.csv")
+    return table
+
+
 def beside_reported(study: Study, results: Path) -> pd.DataFrame:
     """A line for each row that the study reports, and the row measured under `results`.
 
     Accuracies are words: those reported on n images with Wilson's interval, those measured as mean ± sd over
-    seeds. A row that has not been run says with which command it would be.
+    seeds; where the study reports loss and time a step (32 images), both have them. A row that has not been
+    run says with which command it would be.
     """
     folder = study.path(results)
     table = read_table(study, folder)
@@ -34,21 +43,36 @@ def beside_reported(study: Study, results: Path) -> pd.DataFrame:
         here = next((name for name in (row, said[0].get("stand_in")) if name in summary.index), "")
         measured, run_on = NOT_RUN, command(study, row)
         if here:
-            measured = f"{here}: {words(summary.loc[here])}"
-            run_on = where(table[table["row"] == here].iloc[0])
+            runs = table[table["row"] == here]
+            measured = f"{here}: {words(summary.loc[here])}{loss_and_time(measured_as(said[0], runs))}"
+            run_on = where(runs.iloc[0])
         reported = "; ".join(f"{line['images']}: {in_words(line)}" for line in said)
         lines.append(dict(zip(HEADER, (row, reported, measured, run_on), strict=True)))
     return pd.DataFrame(lines)
 
 
 def in_words(line: dict) -> str:
-    """A reported accuracy, with the interval that its number of images allows."""
+    """A reported accuracy, with the interval that its number of images allows; loss and time, if reported."""
     accuracy = f"{100 * line['accuracy']:.2f} %"
     if "n" not in line:
-        return accuracy
+        return accuracy + loss_and_time(line)
     n_correct = line.get("n_correct", round(line["accuracy"] * line["n"]))
     low, high = wilson(n_correct, line["n"])
-    return f"{accuracy} [{100 * low:.2f}, {100 * high:.2f}] of {line['n']:,}"
+    return f"{accuracy} [{100 * low:.2f}, {100 * high:.2f}] of {line['n']:,}{loss_and_time(line)}"
+
+
+def loss_and_time(line: Mapping[str, float]) -> str:
+    """Loss and milliseconds a step in words, as far as the line has them."""
+    loss = f", loss {line['loss']:.4f}" if "loss" in line else ""
+    return f"{loss}, {line['ms_per_step']:.0f} ms a step" if "ms_per_step" in line else loss
+
+
+def measured_as(said: Mapping[str, object], runs: pd.DataFrame) -> dict[str, float]:
+    """Of what the study says beside accuracy, what was measured: means over a row's runs."""
+    columns = {"loss": "valid_loss", "ms_per_step": "predict_ms"}
+    names = {key: name for key, name in columns.items() if key in said and name in runs}
+    means = {key: pd.to_numeric(runs[name], errors="coerce").mean() for key, name in names.items()}
+    return {key: mean for key, mean in means.items() if not pd.isna(mean)}
 
 
 def words(line: pd.Series) -> str:

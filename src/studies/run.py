@@ -11,24 +11,38 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+import time
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from statistics import median
 
+import numpy as np
 from scipy.special import softmax
 from tqdm.auto import tqdm
 
 from src import NotNow, SetupError
 from src import config as configs
 from src.config import AfterConfig, Config
+from src.data.batches import Batches
 from src.evaluate import calibration_error
-from src.experiment import configure, open_data, prepare, recorded_config, saved_logits, train_and_predict
+from src.experiment import (
+    Setup,
+    configure,
+    open_data,
+    prepare,
+    recorded_config,
+    saved_logits,
+    train_and_predict,
+)
 from src.files import read_json
 from src.folders import Paths, alone_in, require_writable
-from src.predict import loss_and_accuracy
+from src.predict import loss_and_accuracy, one_pass
 from src.studies.study import SEEDS, Row, Study, Times
 from src.studies.table import add_record, read_table, write_summary, write_table
+
+AT_ONCE, PASSES = 32, 5  # images of a timed step, as the studies have them; steps whose median counts
 
 
 @dataclass(frozen=True)
@@ -158,7 +172,7 @@ def run_jobs(plan: Plan, jobs: list[Job], n_rows: int, paths: Paths) -> dict[str
             bar.set_postfix_str(f"{job.row.name}, seed {job.seed}")
             if job.row.name not in refused:
                 try:
-                    add_record(study, folder, run_row(job, paths))
+                    add_record(study, folder, run_row(job, paths, study.timed))
                 except NotNow:  # no fault of the row: what it has trained stays
                     raise
                 except SetupError as error:
@@ -172,8 +186,8 @@ def run_jobs(plan: Plan, jobs: list[Job], n_rows: int, paths: Paths) -> dict[str
     return refused
 
 
-def run_row(job: Job, paths: Paths) -> dict:
-    """Train and predict one row -> its record."""
+def run_row(job: Job, paths: Paths, timed: bool = False) -> dict:
+    """Train and predict one row -> its record; with `timed`, `predict_ms` is in it."""
     setup = prepare(job.config, job.paths(paths))
     train_and_predict(setup)
     facts, scores = read_json(setup.run_folder / "facts.json"), {}
@@ -182,6 +196,8 @@ def run_row(job: Job, paths: Paths) -> dict:
         confidence_N, right_N = softmax(logits_NK, axis=1).max(axis=1), logits_NK.argmax(axis=1) == labels_N
         scores |= {f"{name}_{key}": value for key, value in loss_and_accuracy(logits_NK, labels_N).items()}
         scores[f"{name}_ece"] = calibration_error(confidence_N, right_N)
+    if timed:
+        scores["predict_ms"] = milliseconds_a_step(setup)
     return {
         "row": job.row.name,
         "seed": job.seed,
@@ -196,3 +212,22 @@ def run_row(job: Job, paths: Paths) -> dict:
         "git_commit": facts["git_commit"],
         "config": job.key,
     }
+
+
+def milliseconds_a_step(setup: Setup) -> float:
+    """Milliseconds in which the model in `setup` answers `AT_ONCE` stored images, resized: a median.
+
+    Cached features and views are not used: it is the way of an image that comes for the first time.
+    """
+    store, device = setup.store, setup.device
+    model = setup.model.to(device.torch_device).eval()
+    rows_N = np.resize(setup.splits.valid_N, AT_ONCE)
+    batches = Batches(
+        store.images, store.labels_N, rows_N, AT_ONCE, device.torch_device, setup.built.preprocess
+    ).at_size(setup.config.model.predicts_at)
+    seconds = []
+    for _ in range(1 + PASSES):  # the first one warms up
+        started = time.perf_counter()
+        one_pass(model, batches, device, "a step")
+        seconds.append(time.perf_counter() - started)
+    return round(1000 * median(seconds[1:]), 1)

@@ -42,7 +42,8 @@ class Study:
     """Rows to run under several seeds. `name` is the command, and names the files below results/`folder`.
 
     `budgets`: by profile, what every row shares. `over_images`: rows differ in how many images they train on,
-    and the figure has that as its axis.
+    and the figure has that as its axis. `timed`: how long a row's model takes to answer is recorded, too.
+    `note`: what else all rows share, beside what their table says.
     """
 
     name: str
@@ -51,6 +52,8 @@ class Study:
     rows: tuple[Row, ...]
     budgets: dict[str, dict[str, object]]
     over_images: bool = False
+    timed: bool = False
+    note: str = ""
 
     def row(self, name: str) -> Row:
         """The row called `name`. Raises `SetupError` naming all rows where there is none."""

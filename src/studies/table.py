@@ -111,10 +111,20 @@ def write_summary(study: Study, folder: Path) -> None:
     summary, note = write_words(study, folder, table), about(study, table)
     if study.over_images:
         arms = table["row"].map({row.name: row.arm for row in study.rows})
-        figure = transfer_figure(study.title, table.assign(arm=arms), note)
+        n_classes = classes_of(study, table)
+        drawn = table.assign(arm=arms, images=table["n_fit"] / n_classes)
+        axis = "images a class to train on" if n_classes > 1 else "images to train on"
+        figure = transfer_figure(study.title, drawn, axis, note)
     else:
         figure = study_figure(study.title, summary, note)
     save(figure, folder / f"{study.name}.png")
+
+
+def classes_of(study: Study, table: pd.DataFrame) -> int:
+    """Classes of the data, from rows that train on a number of images of each; 1 where none has been run."""
+    limits = table["row"].map({row.name: row.changes.get("data.fit_per_class", 0) for row in study.rows})
+    n_classes = (table["n_fit"] / limits)[limits > 0]
+    return round(n_classes.max()) if len(n_classes) else 1
 
 
 def write_words(study: Study, folder: Path, table: pd.DataFrame) -> pd.DataFrame:
@@ -151,6 +161,7 @@ def about(study: Study, table: pd.DataFrame) -> str:
         f"seeds: {shared('seed')}",
         f"data: {shared('data')}",
         f"protocol: {shared('protocol')}",
+        study.note,
         shared("hardware"),
     )
     return " · ".join(fact for fact in facts if fact)
