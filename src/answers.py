@@ -106,7 +106,7 @@ def write_answers(config: Config, paths: Paths, images: str, out: Path) -> list[
 def require_answerable(images: str, out: Path) -> None:
     """Raise `SetupError` where `out` cannot be written to, or `images` names no folder that holds any."""
     if (out.exists() and not out.is_file()) or (not images and out.name == SUBMISSION):
-        raise SetupError(f"--out {out} is a folder or a device, or the submission's place. Name another file.")
+        raise SetupError(f"--out {out} is no file, or the submission's place. Name another file.")
     require_writable(out.parent)
     if images:
         UnlabelledFolder(Path(images).expanduser())

@@ -444,8 +444,8 @@ so the longer `full` keeps RandAugment.
 
 Two things that the ablation's two epochs on a fifth of the images speak against are kept. All layers are
 trained: with `--set model.trainable=last_two_blocks`, which is 4.3 points better there, the same command has
-65.45 % of `valid` (42 minutes). Dropout and erasing, which cost up to a point there, are meant for longer
-training; here they were not left out.
+65.45 % of `valid` (results/ablation/best_last_two_blocks.json). Dropout and erasing, which cost up to a point
+there, are meant for longer training; here they were not left out.
 
 `full` grows from 192 to 288 px. It has not been measured. More than the 86.30 % that the study reports for
 its improvement is expected: weights from ImageNet-12k, all layers trained, a classifier that need not be

@@ -507,6 +507,8 @@ def known_of(name: str) -> list[float]:
         history = pd.read_csv(RESULTS / arm / f"{arm.lower()}_history.csv").set_index("epoch")
         chosen = history.loc[of_results(f"{arm}/metrics.json")["best_epoch"]]
         shares += [chosen["fit_accuracy"], chosen["holdout_accuracy"]]
+    if name == "BEST":
+        shares.append(of_results("ablation/best_last_two_blocks.json")["accuracy"])
     return [100 * share for share in shares]
 
 
