@@ -26,9 +26,10 @@ Items = TypeVar("Items", bound=Sequence)
 def state() -> PartialState:
     """Accelerate's view of the processes; without a GPU they are the CPU's. Asked for in every step.
 
-    The others wait for the main process while it downloads and decodes, longer than torch's ten minutes.
+    The others wait for the main process while it downloads and decodes: half an hour on GPUs as well, where
+    torch allows ten minutes.
     """
-    return PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(hours=2))
+    return PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(minutes=30))
 
 
 def n_processes() -> int:

@@ -48,7 +48,7 @@ def cut_off(warm: Warm, arguments: list[str], folder: Path, plan: list[dict], se
         statuses = []
         for kill in plan:
             if "when" in kill:
-                ended = warm.run(arguments, kill=0, when=str(folder / kill["when"]))
+                ended = warm.run(arguments, kill=0, after=0, when=str(folder / kill["when"]))
             else:
                 ended = warm.run(arguments, kill=0, after=kill["share"] * seconds / 2**earlier)
             statuses += ended.statuses

@@ -113,7 +113,10 @@ def require_answers_of_the_weights(
 
 
 def test_one_of_two_processes_is_killed(warm, inputs, tmp_path, tally):
-    """The other ends with a clear error, and the same command goes on to the same result."""
+    """The other ends with a clear error, and the same command goes on to the same result.
+
+    Killed once they have met: before, the other waits for it as long as torch does.
+    """
     attempts = tally("kill")
     changes = SETTINGS["improvement"] | {"train.epochs": 3}
     whole = warm.run(command(tmp_path / "whole", "improvement", inputs, **changes), processes=2)
@@ -125,13 +128,14 @@ def test_one_of_two_processes_is_killed(warm, inputs, tmp_path, tally):
         with attempts.attempt(f"process {which} of 2 killed after {share:.2f} of the run, or earlier"):
             folder = tmp_path / f"cut{number}"
             arguments = command(folder, "improvement", inputs, **changes)
-            ended = warm.run(arguments, processes=2, kill=which, after=share * whole.seconds)
+            met = {"processes": 2, "kill": which, "when": str(folder / "runs" / "*" / "run.json")}
+            ended = warm.run(arguments, **met, after=share * whole.seconds)
             for _ in range(10):
                 if -9 in ended.statuses:
                     break
                 shutil.rmtree(folder)  # the run was done before
                 share *= 0.7
-                ended = warm.run(arguments, processes=2, kill=which, after=share * whole.seconds)
+                ended = warm.run(arguments, **met, after=share * whole.seconds)
             assert ended.statuses[which] == -9 and ended.statuses[1 - which] == 2, ended
             assert "lost the others" in ended.said and "Start the same command again" in ended.said
             again = warm.run(arguments, processes=2)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import glob
 import json
+import math
 import os
 import signal
 import socket
@@ -60,7 +61,7 @@ class Warm:
     def run(
         self, arguments: list[str], kill: int | None = None, after: float = 600.0, when: str = "", **how
     ) -> Ended:
-        """The command line; process number `kill` gets SIGKILL `after` seconds, or `when` a glob has a match.
+        """The command line; process number `kill` gets SIGKILL `after` seconds, from `when` a glob matches.
 
         `processes=2`: one run in two processes, as `accelerate launch` starts them. `copies=2`: two runs.
         `more=[[...], [...]]`: what the command lines of several copies end with, each its own. `pause=1`:
@@ -107,7 +108,7 @@ def serve() -> None:
         started = time.monotonic()
         n = max(order["processes"], order["copies"], len(order["more"]))
         children = [fork(main, order, rank) for rank in range(n)]
-        statuses = wait_for(children, order["kill"], started + order["after"], order["when"])
+        statuses = wait_for(children, order["kill"], order["after"], order["when"])
         print(
             json.dumps({"statuses": statuses, "seconds": time.monotonic() - started}),
             file=answers,
@@ -156,15 +157,17 @@ def wait_before_splits(seconds: float) -> None:
     Splits.save = save_later
 
 
-def wait_for(children: list[int], kill: int | None, moment: float, when: str) -> list[int]:
-    """Exit statuses of all; number `kill` is killed at the `moment`, or `when` a glob has a match."""
+def wait_for(children: list[int], kill: int | None, after: float, when: str) -> list[int]:
+    """Exit statuses of all; number `kill` is killed `after` seconds, from `when` a glob has a match."""
     statuses: dict[int, int] = {}
+    moment = math.inf if when else time.monotonic() + after
     while len(statuses) < len(children):
         for pid in children:
             if pid not in statuses and (found := os.waitpid(pid, os.WNOHANG))[0]:
                 statuses[pid] = os.waitstatus_to_exitcode(found[1])
-        due = time.monotonic() >= moment or (when and any(glob.iglob(when, include_hidden=True)))
-        if kill is not None and due and children[kill] not in statuses:
+        if moment == math.inf and any(glob.iglob(when, include_hidden=True)):
+            moment = time.monotonic() + after
+        if kill is not None and time.monotonic() >= moment and children[kill] not in statuses:
             os.kill(children[kill], signal.SIGKILL)
             kill = None
         time.sleep(0.0002 if when else 0.002)
