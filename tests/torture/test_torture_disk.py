@@ -47,21 +47,26 @@ def fill(left):
     "Another program takes the whole disk, but for `left` bytes."
     disk = os.statvfs(place)
     ballast = os.open(os.path.join(place, "ballast"), os.O_CREAT | os.O_WRONLY)
-    os.posix_fallocate(ballast, 0, max(4096, disk.f_bavail * disk.f_frsize - left))
+    room = disk.f_bavail * disk.f_frsize - left
+    if room > 0:
+        os.posix_fallocate(ballast, os.fstat(ballast).st_size, room)
     os.close(ballast)
 
 
 def watch(moment, left):
     "Fill the disk when so many files and folders have been moved into their place."
+    # With nothing left it stays full: what the command deletes is taken before it opens the next file.
 
-    waits = True
+    waits, filling = True, False
 
     def hook(event, arguments):
-        nonlocal waits
+        nonlocal waits, filling
         global moves
-        if waits and moves == moment:  # at whatever comes after that move
-            waits = False
+        due = waits or (left == 0 and event == "open")
+        if due and moves >= moment and not filling:  # at whatever comes after that move
+            waits, filling = False, True
             fill(left)
+            filling = False
         if event == "os.rename" and str(arguments[1]).startswith(place):
             moves += 1
 
@@ -110,10 +115,10 @@ class Disk:
 
     def refuses(self, ended: Ended) -> str:
         """What an error says: one message that names a file or folder and what to do, and exit status 2."""
-        before, _, message = ended.said.rpartition("error: ")
         assert ended.statuses == [2], ended.said[-3000:]
-        assert "Traceback" not in ended.said and "error: " not in before, ended.said[-3000:]
-        message = message.rpartition("moves ")[0]
+        _, *messages = re.split(r"(?:^|[\r\n])error: ", ended.said)
+        assert "Traceback" not in ended.said and len(messages) == 1, ended.said[-3000:]
+        message = messages[0].rpartition("moves ")[0]
         assert len(message) < 1000 and message.count("\n") <= 3, message
         path = re.search(rf"({self.inside}|{self.read_only})\S*", message)
         assert path, message
