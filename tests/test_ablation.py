@@ -334,7 +334,7 @@ def ran(monkeypatch) -> list[tuple[str, int]]:
     """Rows and seeds that were run; nothing is trained."""
     jobs = []
 
-    def pretend(job, _paths):
+    def pretend(job, _paths, _timed=False):
         jobs.append((job.row.name, job.seed))
         return record(job.row.name, job.seed, config=job.key)
 
@@ -359,7 +359,7 @@ def test_what_a_training_left_goes_when_no_row_needs_it(ran, pets, weights, tmp_
     """Checkpoints of all rows at once would fill a disk."""
     pretend, here = engine.run_row, []
 
-    def train(job, where):
+    def train(job, where, _timed):
         job.paths(where).runs.mkdir(parents=True, exist_ok=True)
         here.append(len(list((tmp_path / "runs" / "ablation").glob("[!.]*"))))
         return pretend(job, where)
@@ -428,7 +428,7 @@ def test_other_images_are_another_ablation(ran, pets, weights, tmp_path):
 def test_a_row_that_fails_is_tried_once_and_the_others_are_run(ran, pets, weights, tmp_path, monkeypatch):
     pretend, tried = engine.run_row, []
 
-    def fail(job, where):
+    def fail(job, where, _timed):
         tried.append(job.row.name)
         if job.row.name == FINE_TUNING:
             raise SetupError("the loss is nan")
@@ -443,7 +443,7 @@ def test_a_row_that_fails_is_tried_once_and_the_others_are_run(ran, pets, weight
 def test_what_no_row_can_help_stops_the_ablation(ran, pets, weights, tmp_path, monkeypatch):
     tried = []
 
-    def fail(job, _paths):
+    def fail(job, _paths, _timed):
         tried.append(job.row.name)
         raise SetupError("no space is left")
 
@@ -457,7 +457,7 @@ def test_what_is_no_fault_of_a_row_leaves_its_training(ran, pets, weights, tmp_p
     """A full disk or another process: nothing is deleted, no other row is tried."""
     tried = []
 
-    def fail(job, where):
+    def fail(job, where, _timed):
         tried.append(job.row.name)
         (job.paths(where).runs / "half").mkdir(parents=True)
         raise NotNow(f"{job.row.name}: no space is left")

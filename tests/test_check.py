@@ -290,7 +290,7 @@ def test_the_remedy_mends_summary_and_readme(ablated, repo, monkeypatch):
 def test_the_readme_s_ablation_has_a_line_a_row(ablated, repo):
     shared, _, *lines = readme.study(ABLATION, repo).splitlines()
     assert shared == f"{about(ABLATION, read_table(ABLATION, ablated))}." and " px · " in shared
-    assert lines[0] == "| row | valid | difference | verdict |"
+    assert lines[0] == "| row | valid | ECE | difference | verdict |"
     names = [row.name for row in ABLATION.rows]
     assert [line.split(" | ")[0].removeprefix("| ") for line in lines[2:]] == names
     edit(repo / "README.md", lines[4], lines[5])

@@ -145,6 +145,7 @@ def test_no_ingredient_is_left_out():
         "protocol", "holdout_per_class", "split_seed", "folds", "fold",  # test_splits
         "fit_per_class", "imbalance",  # test_splits
         "sampling",  # above
+        "draws_per_class",  # test_batches, test_studies
     }  # fmt: skip
 
 

@@ -82,7 +82,7 @@ FAULTS: dict[str, tuple[str, str, int]] = {
     ),
     "names": (
         "class and file names with commas, quotes, line ends, formulas, any Unicode",
-        "tables come back cell for cell",
+        "tables come back cell for cell; a spreadsheet runs none of it",
         10_000,
     ),
     "two_runs": (
