@@ -10,8 +10,6 @@ ARGS ?=
 VENV := .venv
 PY := $(VENV)/bin/python
 READY := $(VENV)/.ready
-# One more than cores: some tests wait for processes, servers and disks.
-WORKERS = $(shell $(PYTHON) -c "import os; print((os.cpu_count() or 1) + 1)")
 
 settings = profile='$(PROFILE)' protocol='$(PROTOCOL)' data_dir='$(DATA)' seed='$(SEED)'
 run = $(PY) -m src.experiment $(1) --profile '$(PROFILE)' --protocol '$(PROTOCOL)' --seed '$(SEED)' \
@@ -63,7 +61,7 @@ slides: $(READY)  ## Compile presentation/Final_Presentation.pdf, and its Indone
 	@$(PY) -m tools.documents slides
 
 test: $(READY)  ## Run the test suite (ARGS= goes to pytest)
-	@$(PY) -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
+	@$(PY) -m pytest -n auto --dist loadfile $(ARGS)
 
 slow: $(READY)  ## Run the slow tests (real data where TINY_IMAGENET_DIR names it)
 	@$(PY) -m pytest -m slow $(ARGS)
