@@ -173,7 +173,8 @@ def test_a_foreign_archive_lands_nowhere_else(tmp_path):
     place.mkdir(parents=True)
     for number, name in enumerate(("../evil", str(tmp_path / "evil"), "a/../../evil")):
         with tarfile.open(place / "new.tar", "w") as archive:
-            archive.addfile(tarfile.TarInfo(name), io.BytesIO())
+            for each in (name, "run.json"):
+                archive.addfile(tarfile.TarInfo(each), io.BytesIO())
         digest = sha256(place / "new.tar")
         (place / "new.tar").rename(place / f"snapshot-{number:06d}-{digest}.tar")
     run = tmp_path / "runs" / "improvement-full"
