@@ -457,7 +457,7 @@ PRETRAIN = replace(
     arm="pretrain",
     model=ModelConfig(backbone="convnext_atto", weights="random", image_size=64, head="plain"),
     optim=replace(IMPROVEMENT.optim, lr=1e-3, head_lr=1e-3),
-    train=TrainConfig(epochs=20, batch_size=128, monitor="accuracy", patience=20, ema_decay=0.999),
+    train=TrainConfig(epochs=16, batch_size=128, monitor="accuracy", patience=16, ema_decay=0.999),
 )
 """A small ConvNeXt from scratch, with the improvement's augmentation: the source of the embedded weights."""
 
