@@ -528,7 +528,9 @@ _LITE0 = {
 }
 PROFILES = {
     "quick": {
-        **_LITE0,
+        "model.backbone": "convnext_atto.tinyimagenet64",
+        "model.weights": "embedded",
+        "optim.lr": 5e-4,
         "data.source": "digits",
         "augment.flip": 0.0,  # a mirrored digit is no digit
         "model.image_size": 64,
