@@ -618,14 +618,7 @@ def with_fields(config: Config, changes: dict[str, object]) -> Config:
 
 def field_names() -> list[str]:
     """Every dotted field name, in order."""
-
-    def walk(data: dict, prefix: str) -> list[str]:
-        names = []
-        for key, value in data.items():
-            names += walk(value, f"{prefix}{key}.") if isinstance(value, dict) else [prefix + key]
-        return names
-
-    return walk(to_dict(BASELINE), "")
+    return list(flat(to_dict(BASELINE)))
 
 
 def to_dict(config: Config) -> dict:
@@ -649,15 +642,16 @@ def completed(known: dict, defaults: dict) -> dict:
 
 def differences(ours: dict, theirs: dict) -> list[str]:
     """`key: theirs -> ours` for every dotted field in which two dicts of `to_dict` differ."""
-
-    def flat(data: dict, prefix: str = "") -> dict:
-        out = {}
-        for key, value in data.items():
-            out.update(flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value})
-        return out
-
     a, b = flat(ours), flat(theirs)
     return [f"{k}: {b.get(k)!r} -> {a.get(k)!r}" for k in sorted(a.keys() | b.keys()) if a.get(k) != b.get(k)]
+
+
+def flat(data: dict, prefix: str = "") -> dict:
+    """A dict of `to_dict` with dotted field names for keys."""
+    fields = {}
+    for key, value in data.items():
+        fields |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return fields
 
 
 def _build(kind: type, data: object, prefix: str) -> typing.Any:

@@ -12,7 +12,8 @@ from pathlib import Path
 from safetensors.torch import save_file
 
 from src import SetupError
-from src.experiment import Result
+from src import config as configs
+from src.experiment import Result, recorded_config
 from src.files import sha256, write_atomically
 from src.model.build import OWN_METADATA, WEIGHTS_FOLDER
 
@@ -30,10 +31,10 @@ tests show transfer learning with a ConvNeXt where no hub can be reached.
   `{data_fingerprint}`), which is for non-commercial research under ImageNet's terms.
 - **Recipe:** {epochs} epochs from random weights;
   {recipe}.
-- **Accuracy:** {accuracy:.2%} of `valid` (n = {n:,}, 95 % interval {wilson_low:.2%} to {wilson_high:.2%}), by
-  the weights of epoch {best_epoch}, chosen on `holdout`; before they were halved. From
-  `results/Pretrain/metrics.json`, beside the curve and every answer.
-- **Made by** `python -m src.experiment pretrain --profile {profile} --data DIR --seed {seed}`, then the same
+- **Accuracy:** {accuracy:.2%} of `valid` (n = {n:,}, 95 % interval {wilson_low:.2%} to {wilson_high:.2%}) and
+  {holdout_accuracy:.2%} of `holdout` (n = {n_holdout:,}), which chose epoch {best_epoch}; before the weights
+  were halved. From `results/Pretrain/metrics.json`, beside the curve and every answer.
+- **Made by** `python -m src.experiment pretrain {options}`, then the same
   with `export --preset pretrain`: commit `{git_commit}`, {minutes:.0f} minutes on {hardware}.
 - **Meant for** demonstration and tests. Weights from ImageNet transfer far better; take those for real work.
 """
@@ -76,6 +77,19 @@ def tag_of(path: Path) -> str:
     return path.stem.replace("_tinyimagenet", ".tinyimagenet")
 
 
+def options_of(metrics: dict) -> str:
+    """The options of the command line, beside `--data`, that give the configuration of `metrics`."""
+    plain = configs.flat(recorded_config(configs.preset(metrics["arm"], metrics["profile"])))
+    said = {"data.source": metrics["config"]["data"]["source"], "train.seed": metrics["seed"]}
+    changed = {
+        name: value
+        for name, value in configs.flat(metrics["config"]).items()
+        if value != (plain | said).get(name, value)
+    }
+    sets = [f"--set {name}={value}" for name, value in changed.items()]
+    return " ".join([f"--profile {metrics['profile']}", "--data DIR", f"--seed {metrics['seed']}", *sets])
+
+
 def card_of(path: Path, digest: str, metrics: dict) -> str:
     """The model card; every number is from `metrics`, or of the file."""
     config = metrics["config"]
@@ -99,5 +113,6 @@ def card_of(path: Path, digest: str, metrics: dict) -> str:
         megabytes=path.stat().st_size / 1e6,
         digest=digest,
         recipe=recipe,
+        options=options_of(metrics),
         minutes=metrics["seconds"]["total"] / 60,
     )

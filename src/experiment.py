@@ -36,7 +36,7 @@ from src.device import Device, choose_device, git_commit, peak_memory_gb, set_up
 from src.files import read_array, read_json, sha256, write_array, write_atomically, write_json
 from src.folders import Paths, alone_in, require_writable, shown
 from src.model.build import Built, Classifier, build_model, gmacs, start_classifier
-from src.predict import cached_features
+from src.predict import cached_features, loss_and_accuracy
 from src.train import FitData, Progress, fit
 
 if TYPE_CHECKING:
@@ -386,8 +386,10 @@ def write_results(setup: Setup) -> Result:
     facts, (valid_NK, labels_N) = read_json(folder / "facts.json"), saved_logits(setup, "valid")
     image_ids_N = store.image_ids_N[splits.valid_N]
     predictions = prediction_frame(valid_NK, labels_N, image_ids_N, store.wnids, store.class_names)
+    holdout = saved_logits(setup, "holdout")
+    facts["holdout_accuracy"] = loss_and_accuracy(*holdout)["accuracy"]
     if splits.protocol == "holdout":  # else the images that would fit the temperature are those it is told of
-        temperature = best_temperature(*saved_logits(setup, "holdout"))
+        temperature = best_temperature(*holdout)
         predictions = with_calibrated_confidence(predictions, valid_NK, temperature)
         facts["calibration_temperature"] = temperature
     history = pd.DataFrame(read_json(folder / "history.json"))

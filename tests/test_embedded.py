@@ -151,7 +151,20 @@ def test_the_card_says_the_numbers_of_the_metrics(shipped):
     card, metrics = (path.parent / "README.md").read_text(), result.metrics
     written = json.loads((result.folder / "metrics.json").read_text())
     assert f"{written['accuracy']:.2%} of `valid`" in card and digest in card
+    assert f"{written['holdout_accuracy']:.2%} of `holdout`" in card
+    assert written["holdout_accuracy"] == pytest.approx(max(result.history["holdout_accuracy"]))
     assert f"{metrics['n_fit']:,} training images" in card and f"`{metrics['git_commit']}`" in card
+
+
+def test_the_cards_command_gives_the_configuration_that_ran(shipped):
+    result, path, _ = shipped
+    [line] = [line for line in (path.parent / "README.md").read_text().splitlines() if "Made by" in line]
+    command = line.split("`")[1].split()
+    assert "--profile" in command and "train.epochs=2" in command and "train.seed=0" not in command
+    sets = {name: value for name, _, value in (word.partition("=") for word in command) if "." in name}
+    del sets["src.experiment"]
+    ran = result.setup.config
+    assert configure("pretrain", "offline", ran.data.path, sets) == ran
 
 
 def test_make_check_holds_weights_and_card_against_code_and_metrics(shipped, tmp_path, monkeypatch):
