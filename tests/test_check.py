@@ -33,6 +33,8 @@ git clone {URL}.git
 <!-- audit:end -->
 <!-- ablation:begin -->
 <!-- ablation:end -->
+<!-- pretrain:begin -->
+<!-- pretrain:end -->
 <!-- transfer40:begin -->
 <!-- transfer40:end -->
 <!-- animals40:begin -->
@@ -335,6 +337,16 @@ def test_the_readme_shows_the_best_arm_where_there_is_one(repo):
     write(repo / "results/Best/metrics.json", text.replace('"arm": "baseline"', '"arm": "best"'))
     lines = readme.results(repo).splitlines()
     assert [line.split(" | ")[0] for line in lines[-2:]] == ["| **Baseline, here**", "| **Best, here**"]
+
+
+def test_the_readme_says_what_the_pretraining_reached(repo):
+    assert "not run yet" in readme.pretraining(repo)
+    of_baseline = json.loads((repo / "results/Baseline/metrics.json").read_text(encoding="utf-8"))
+    more = {"holdout_accuracy": 0.125, "n_holdout": 5000}
+    write(repo / "results/Pretrain/metrics.json", json.dumps(of_baseline | more))
+    said = readme.pretraining(repo)
+    assert said.startswith("**66.67 %** [30.00, 90.32] of `valid`, 12.50 % of `holdout` (5,000 images); `b`")
+    assert said.endswith("96 px, best 1 of 2 epochs, cpu, 1.0 min.")
 
 
 def test_the_readme_says_what_the_study_reports(repo):

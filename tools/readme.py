@@ -44,6 +44,21 @@ def results(root: Path) -> str:
     return "\n".join([HEADER, *of_study, *rows])
 
 
+def pretraining(root: Path) -> str:
+    """What the weights that this repository ships reached, and in how long."""
+    path = root / "results" / "Pretrain" / "metrics.json"
+    if not path.exists():
+        return "not run yet: `python -m src.experiment pretrain --profile offline --data DIR`"
+    said = json.loads(path.read_text(encoding="utf-8"))
+    low, high = 100 * said["wilson_low"], 100 * said["wilson_high"]
+    return (
+        f"**{100 * said['accuracy']:.2f} %** [{low:.2f}, {high:.2f}] of `valid`, "
+        f"{100 * said['holdout_accuracy']:.2f} % of `holdout` ({said['n_holdout']:,} images); "
+        f"`{said['backbone']}`, {said['image_size']} px, best {said['best_epoch']} of {said['epochs']} "
+        f"epochs, {said['hardware']}, {said['seconds']['total'] / 60:.1f} min."
+    )
+
+
 def study(of: Study, root: Path) -> str:
     """What all rows of a study share, then a line a row."""
     folder = of.path(root / "results")
@@ -116,6 +131,7 @@ PAGES = {
         "results": results,
         "audit": audit,
         "ablation": partial(study, ABLATION),
+        "pretrain": pretraining,
         "transfer40": partial(study, TRANSFER),
         **{name: partial(family, STUDIES[name]) for name in STUDY_ARMS},
         "speed": speed,
