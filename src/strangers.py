@@ -132,9 +132,10 @@ def in_words(found: dict) -> str:
         f"test images. Of those {fall['n_unknown']:,} are of classes that training did not have, and no "
         f"answer can be right: without them it is {fall['known']['accuracy']:.2%}. So strangers cost "
         f"{100 * fall['fall_by_unknown']:.1f} points{share}.\n\n"
-        f"The score that tells them best from the others is the {name} (AUROC {score['auroc']:.3f} "
-        f"[{score['low']:.3f}, {score['high']:.3f}]). Refusing to answer below a threshold that keeps 95 % "
-        f"of `valid` turns {refused['answer_all']['accuracy']:.2%} into **{refused['accuracy']:.2%}**, "
+        f"Of {len(found['scores'])} scores the {name} tells them best from the others (AUROC "
+        f"{score['auroc']:.3f} [{score['low']:.3f}, {score['high']:.3f}]). Refusing to answer below a "
+        "threshold that keeps 95 % of `valid` turns "
+        f"{refused['answer_all']['accuracy']:.2%} into **{refused['accuracy']:.2%}**, "
         'counting "unknown" as the right answer for a stranger '
         f"({refused['in_hindsight']['accuracy']:.2%} with the best threshold in hindsight, which nobody can "
         "choose beforehand)."
