@@ -167,16 +167,23 @@ def claim_run_folder(setup: Setup) -> None:
         plain = recorded_config(Config(arm=setup.config.arm))
         before["config"] = configs.completed(before["config"], plain)
         if changed := configs.differences(identity, before):
-            kept = setup.paths.backup and setup.paths.backup / setup.run_folder.name
-            raise SetupError(
-                f"{setup.run_folder} holds a run of another configuration (there -> here):\n  "
-                + "\n  ".join(changed[:12])
-                + f"\nDelete that folder{f' and its snapshots in {kept}' if kept else ''} to start anew, or "
-                + f"keep it and pass another one with --runs DIR{' and --backup DIR' if kept else ''}."
-            )
+            raise SetupError(_another_run(setup, changed))
     if not (path.exists() and is_finished(setup.run_folder)):
         setup.splits.save(setup.run_folder / "splits.json")
         write_json(path, identity)
+
+
+def _another_run(setup: Setup, changed: list[str]) -> str:
+    """What stands in the way of a run whose folder holds another one, and what to do."""
+    delete, options = "that folder", "--runs DIR"
+    if setup.paths.backup:
+        delete += f" and its snapshots in {setup.paths.backup / setup.run_folder.name}"
+        options += " and --backup DIR"
+    listed = "\n  ".join(changed[:12])
+    return (
+        f"{setup.run_folder} holds a run of another configuration (there -> here):\n  {listed}\n"
+        f"Delete {delete} to start anew, or keep it and pass another one with {options}."
+    )
 
 
 def complete(setup: Setup) -> None:
