@@ -459,7 +459,11 @@ PRETRAIN = replace(
     optim=replace(IMPROVEMENT.optim, lr=1e-3, head_lr=1e-3),
     train=TrainConfig(epochs=16, batch_size=128, monitor="accuracy", patience=16, ema_decay=0.999),
 )
-"""A small ConvNeXt from scratch, with the improvement's augmentation: the source of the embedded weights."""
+"""A small ConvNeXt from scratch, with the improvement's augmentation: the source of the embedded weights.
+
+`python -m src.experiment pretrain --profile offline --data DIR`: 29.51 % of `valid` (n = 10,000), 29.68 % of
+`holdout`, best epoch 16 of 16, 104 minutes on 2 CPU cores. It had not stopped improving.
+"""
 
 # The other studies of the family; each is a grid of rows as well (src/studies).
 _PHOTOGRAPHS = DataConfig(source="local", stored_size=256, resize="squash")
@@ -550,10 +554,14 @@ ARM_CHANGES: dict[tuple[str, str], dict[str, object]] = {
     ("pretrain", "quick"): {**_PRETRAIN, "train.epochs": 2},
     ("pretrain", "offline"): {**_PRETRAIN, "model.image_size": 64},
     ("baseline", "quick"): {"train.epochs": 20},
-    ("improvement", "quick"): {"train.epochs": 12},
+    # 250 held-out digits are too few to tell good epochs apart by how many are right.
+    ("improvement", "quick"): {"train.epochs": 12, "train.monitor": "loss"},
     ("improvement", "offline"): {"train.epochs": 4},
     # A digit is none of ImageNet's classes.
-    ("best", "quick"): {"train.epochs": 12, "model.head_init": "probe", "after.tta": "none"},
+    ("best", "quick"): {
+        **{"train.epochs": 12, "train.monitor": "loss"},
+        **{"model.head_init": "probe", "after.tta": "none"},
+    },
     ("best", "offline"): {"train.epochs": 4, "augment.randaugment_ops": 0},
     ("best", "full"): {"model.image_size": 288, "train.start_size": 192},
     ("animals40", "quick"): {

@@ -39,7 +39,12 @@ PINNED_WEIGHTS = {
     ),
 }
 # Of this repository's own pretraining: file in `weights/` and SHA-256.
-EMBEDDED_WEIGHTS: dict[str, tuple[str, str]] = {}
+EMBEDDED_WEIGHTS = {
+    "convnext_atto.tinyimagenet64": (
+        "convnext_atto_tinyimagenet64.safetensors",
+        "64a315c25b651c795552a7b896395e8ce7fc968eae66d0f47dbff8c795633439",
+    ),
+}
 OWN_METADATA = "pretraining"  # one key of a safetensors file: with two their order would change its bytes
 WEIGHTS_FOLDER = Path(__file__).resolve().parents[2] / "weights"
 # Packages that carry weights, by the tag of what they carry.
