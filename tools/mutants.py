@@ -262,8 +262,8 @@ MUTANTS = (
     Mutant(
         "the temperature is fitted on `valid`",
         "src/experiment.py",
-        'best_temperature(*saved_logits(setup, "holdout"))',
-        'best_temperature(*saved_logits(setup, "valid"))',
+        'holdout = saved_logits(setup, "holdout")',
+        'holdout = saved_logits(setup, "valid")',
         ("tests/test_experiment.py::test_the_temperature_is_holdout_s_where_valid_has_another",),
     ),
     Mutant(

@@ -375,7 +375,8 @@ def _weights_file(tag: str, revision: str, weights: str) -> tuple[Path, str]:
             f"({type(error).__name__}: {first_line}).\n"
             "Check the connection; set HF_TOKEN if the hub limits the rate; or download model.safetensors "
             "elsewhere and pass `--set model.weights=FILE.safetensors`.\n"
-            "Without a hub: `--profile quick` uses this repository's weights, `offline` those of a package."
+            "Without a hub: `--profile quick` uses this repository's weights, "
+            "`--profile offline` those of a package."
         ) from error
     return Path(path), ("" if revision else sha256) or hub_sha256(Path(path))
 

@@ -34,7 +34,7 @@ SETTINGS = {
 }
 
 
-@pytest.mark.parametrize("setting", SETTINGS if FULL else ["improvement, mixed, penalty", "baseline"])
+@pytest.mark.parametrize("setting", SETTINGS if FULL else ["improvement, mixed, penalty"])
 def test_processes_agree(setting, warm, inputs, tmp_path, tally):
     """Two and three processes have the losses of one to a ten-thousandth, and its answers."""
     attempts = tally("batch_sizes")
