@@ -293,7 +293,7 @@ def audit_data(config: Config, paths: Paths) -> Path:
         "protocol": setup.splits.protocol,
         "hardware": setup.device.name,
     }
-    folder = paths.results_around(config.arm) / "data"
+    folder = paths.results_around(config) / "data"
     store = without_unused(setup.store)
     write_audit(folder, store, make_splits(store, config.data), logits_NK, about)
     return folder
@@ -369,10 +369,11 @@ def measure(
 def arms_without(results: Path, image_ids: pd.Series) -> dict:
     """Arm -> `accuracy_without` these images; arms with predictions of other images are left out."""
     changes = {}
-    own, beside = (results.glob(f"{where}*_validation_predictions.csv") for where in ("", "*/"))
-    for path in (*sorted(own), *sorted(beside)):
+    own, beside = (sorted(results.glob(f"{where}*_validation_predictions.csv")) for where in ("", "*/"))
+    named = {path: path.name.partition("_validation_")[0] for path in own}
+    for path, name in (named | {path: path.parent.name for path in beside}).items():
         try:
-            changes[path.parent.name] = accuracy_without(read_predictions(path), image_ids)
+            changes[name] = accuracy_without(read_predictions(path), image_ids)
         except SetupError as error:
             log.warning("%s is left out: %s", path, error)
     return changes

@@ -295,7 +295,7 @@ def attributions(args: argparse.Namespace) -> str:
     from src.attributions import write_attributions
 
     result = finished_result(args)
-    folder = paths_of(args).results_around(args.preset) / "explain"
+    folder = result.setup.paths.results_around(result.setup.config) / "explain"
     write_attributions(result, folder)
     return f"see {shown(folder)}"
 
@@ -308,7 +308,7 @@ def report(args: argparse.Namespace) -> str:
 
 def summary(results: Path) -> str:
     """A line an arm: accuracy with its interval, seconds, folder."""
-    files = [*sorted(results.glob("*/metrics.json")), *sorted(results.glob("studies/*/metrics.json"))]
+    files = [*sorted(results.glob("*/metrics.json")), *sorted(results.glob("studies/**/metrics.json"))]
     found = [(path.parent, read_json(path)) for path in files]
     if not found:
         raise SetupError(f"no metrics.json in the folders of {results}: run an arm first.")

@@ -54,7 +54,7 @@ def ensemble_of(configs: Sequence[Config], seeds: Sequence[int], paths: Paths) -
         for seed in seeds
     }
     runs = {name: finished_run(config, paths) for name, config in members.items()}
-    folder = paths.results_of("_".join(config.arm for config in configs)) / ENSEMBLE
+    folder = paths.results_of(replace(configs[0], arm="_".join(config.arm for config in configs))) / ENSEMBLE
     require_writable(folder)
     setup = require_same_images(members, paths)
     logits = {

@@ -405,7 +405,7 @@ def write_results(setup: Setup) -> Result:
         return store.pictures(splits.valid_N[rows])
 
     arm = setup.config.arm
-    target = setup.paths.results_of(arm)
+    target = setup.paths.results_of(setup.config)
     if arm in configs.STUDY_ARMS:
         report.save(class_counts_of(setup), target / f"{arm}_images_per_class.png")
     metrics = report.write_arm(target, arm, predictions, history, facts, images)
@@ -419,7 +419,7 @@ def read_results(setup: Setup) -> Result:
 
     from src.evaluate import read_predictions
 
-    arm, target = setup.config.arm, setup.paths.results_of(setup.config.arm)
+    arm, target = setup.config.arm, setup.paths.results_of(setup.config)
     predictions = read_predictions(target / f"{arm}_validation_predictions.csv")
     history = pd.read_csv(target / f"{arm}_history.csv")
     return Result(setup, read_json(target / "metrics.json"), predictions, history, target)

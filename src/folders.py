@@ -13,6 +13,7 @@ from tqdm.auto import tqdm
 
 from src import NotNow
 from src import config as configs
+from src.config import Config
 
 
 @dataclass(frozen=True)
@@ -39,13 +40,20 @@ class Paths:
             Path(backup) if backup else None,
         )
 
-    def results_of(self, arm: str) -> Path:
-        """The folder of what people read about an arm."""
-        return self.results / (f"studies/{arm}" if arm in configs.STUDY_ARMS else arm.capitalize())
+    def results_of(self, config: Config) -> Path:
+        """The folder of what people read about an arm; of a study's stand-in one within its study's."""
+        if config.arm not in configs.STUDY_ARMS:
+            return self.results / config.arm.capitalize()
+        return study_folder(self.results / "studies" / config.arm, configs.is_stand_in(config))
 
-    def results_around(self, arm: str) -> Path:
+    def results_around(self, config: Config) -> Path:
         """The folder of what is not of the arm alone, such as an audit: its study's, or all results."""
-        return self.results_of(arm) if arm in configs.STUDY_ARMS else self.results
+        return self.results_of(config) if config.arm in configs.STUDY_ARMS else self.results
+
+
+def study_folder(folder: Path, is_stand_in: bool) -> Path:
+    """Where the results of a study lie whose own images' are in `folder`."""
+    return folder / "stand_in" if is_stand_in else folder
 
 
 def require_writable(folder: Path) -> None:

@@ -30,7 +30,7 @@ def cross_validate(config: Config, paths: Paths, n_folds: int) -> tuple[Path, di
     """
     if n_folds < 2:
         raise SetupError(f"--folds {n_folds}: a cross-validation needs two folds or more.")
-    folder = paths.results_of(config.arm)
+    folder = paths.results_of(config)
     require_writable(folder)
     lines, right = [], []
     for fold in range(n_folds):

@@ -37,7 +37,7 @@ def find_lr(config: Config, paths: Paths) -> tuple[Path, float]:
 
     config = with_fields(config, {"train.compile": False, "after.soup_epochs": 0})
     setup = prepare(config, paths)
-    folder = paths.results_of(config.arm)
+    folder = paths.results_of(config)
     require_writable(folder)
     with tempfile.TemporaryDirectory() as scratch:  # a probe's checkpoints go with it
         setup = replace(setup, paths=replace(paths, runs=Path(scratch), backup=None))

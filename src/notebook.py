@@ -18,13 +18,13 @@ from torch import nn
 from src import SetupError, audit, ensemble, folds, search
 from src.answers import write_answers
 from src.attributions import METHODS
+from src.config import Config
 from src.data.augment import augment
 from src.evaluate import per_class
 from src.experiment import Result, Setup, class_counts_of, configure, finished_run, run
 from src.explain import shown_together, write_explanations
 from src.figures.attributions import drop_findings
 from src.files import read_json
-from src.folders import Paths
 from src.strangers import in_words, write_strangers, zero_shot_in_words
 from src.studies import STUDIES, reported
 
@@ -111,20 +111,25 @@ def strangers(result: Result) -> list[Markdown | Image]:
     return [Markdown(in_words(read_json(folder / "unknown.json"))), small_image(folder / "unknown.png")]
 
 
-def study(name: str, paths: Paths) -> Markdown:
-    """The rows of a study in words, or the command that runs them."""
-    path = STUDIES[name].path(paths.results) / "summary.md"
+def study(result: Result) -> Markdown:
+    """The rows of the run's study in words, or the command that runs them."""
+    config = result.setup.config
+    path = result.folder / "summary.md"
     if not path.exists():
-        return Markdown(
-            f"*Not run yet:* `python -m src.experiment ablation --preset {name} --profile full --data DIR`"
-        )
+        return Markdown(f"*Not run yet:* `python -m src.experiment ablation {_where(config)}`")
     return Markdown(path.read_text(encoding="utf-8").partition("\n")[2])
 
 
-def beside_reported(name: str, paths: Paths) -> Markdown:
+def _where(config: Config) -> str:
+    """Options of a command on the run's preset, profile and data."""
+    data = "" if config.profile == "quick" else " --data DIR"
+    return f"--preset {config.arm} --profile {config.profile}{data}"
+
+
+def beside_reported(result: Result) -> Markdown:
     """What the study reports beside what was measured here, as a table, which is written as CSV, too."""
-    table = reported.write_beside_reported(STUDIES[name], paths.results)
-    return Markdown(reported.markdown(table))
+    study = STUDIES[result.setup.config.arm]
+    return Markdown(reported.markdown(reported.write_beside_reported(study, result.setup.paths.results)))
 
 
 def picture(result: Result, name: str) -> Image:
@@ -227,12 +232,14 @@ FURTHER = (
 
 
 def further(result: Result) -> list[Markdown | Image]:
-    """What there is of a study's `FURTHER`, in words and pictures; of the others the commands."""
-    config, shown = result.setup.config, []
-    where = f"--preset {config.arm} --profile {config.profile}{' --data DIR' if config.data.path else ''}"
-    for part in FURTHER:
+    """What there is of a study's `FURTHER`, in words and pictures; of the others the commands.
+
+    CLIP's answers are scored, and stand there where the test images have labels.
+    """
+    setup, shown = result.setup, []
+    for part in FURTHER if setup.store.true_labels_N is not None else FURTHER[1:]:
         path = result.folder / part.file
-        told = f"not run: `python -m src.experiment {part.command} {where}`"
+        told = f"not run: `python -m src.experiment {part.command} {_where(setup.config)}`"
         if path.exists():
             told = part.words(read_json(path))
         shown.append(Markdown(f"**{part.title}:** {told}"))

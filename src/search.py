@@ -72,7 +72,7 @@ def search(config: Config, paths: Paths, n_trials: int = 20) -> tuple[Path, dict
     """
     require_optuna()
     require_searchable(config, n_trials)
-    setup, folder = prepare(config, paths), paths.results_of(config.arm)
+    setup, folder = prepare(config, paths), paths.results_of(config)
     require_writable(folder)
     work = paths.runs / f"search-{config.run_name}"
     state = Search(setup, open_study(work / "search.db", setup))

@@ -33,7 +33,7 @@ def soup_of_seeds(config: Config, seeds: Sequence[int], paths: Paths) -> tuple[P
         raise SetupError(f"a soup needs two runs or more; --seeds gave {seeds}.")
     configs = [with_fields(config, {"train.seed": seed}) for seed in seeds]
     folders = [finished_run(config, paths) for config in configs]
-    folder = paths.results_of(config.arm)
+    folder = paths.results_of(config)
     require_writable(folder)
     setup = prepare(configs[0], paths)
     for config in configs:

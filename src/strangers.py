@@ -20,7 +20,7 @@ from src.experiment import Result, saved_logits
 from src.files import read_json, write_json
 from src.report import footer, rounded
 from src.unknown import max_softmax, threshold_keeping, write_unknown
-from src.zero_shot import zero_shot_logits
+from src.zero_shot import MODEL, PRETRAINED, zero_shot_logits
 
 FOLDER, ZERO_SHOT = "strangers", "zero_shot"
 
@@ -59,10 +59,13 @@ def write_zero_shot(result: Result) -> Path:
     valid = valid_MA[:, :n_known], store.labels_N[valid_N]
     test = clip_NA[:, :n_known], store.labels_N[rows_N]
     folder = result.folder / ZERO_SHOT
-    write_unknown(folder, valid, test, f"CLIP, zero-shot · data: {store.manifest['source']}")
+    about = {"backbone": f"CLIP {MODEL} ({PRETRAINED}), zero-shot", "data": store.manifest["source"]}
+    note = footer(about | {"hardware": setup.device.name})
+    write_unknown(folder, valid, test, note)
     own_NK, (own_valid_MK, _) = logits_of(setup, store, rows_N), saved_logits(setup, "valid")
     found = named(clip_NA, own_NK, own_valid_MK, store.true_labels_N[rows_N])
-    write_json(folder / "zero_shot.json", rounded(found))
+    beside = f"{note}; beside {footer(result.metrics)}"
+    write_json(folder / "zero_shot.json", rounded({"about": beside, **found}))
     return folder
 
 
@@ -96,9 +99,10 @@ def said(folder: Path, arm: str) -> str:
         (ZERO_SHOT, "CLIP, told the names.", "zero_shot.json", zero_shot_in_words),
     ):
         path = folder / command / name
-        told = f"not run: `python -m src.experiment {command} --preset {arm} --data DIR`"
+        told = f"not run: `python -m src.experiment {command} --preset {arm} --profile offline --data DIR`"
         if path.exists():
-            told = f"{tell(read_json(path))}\n\n({footer(read_json(folder / 'metrics.json'))})"
+            found = read_json(path)
+            told = f"{tell(found)}\n\n({found['about']})"
         words.append(f"**{title}** {told}")
     return "\n\n".join(words)
 

@@ -185,8 +185,8 @@ def write_unknown(
     """Write `unknown.json`, `unknown_roc.csv` and `unknown.png` into `folder`; return what the JSON holds.
 
     `valid`, `test`: logits (N,K) and labels (N,); a test image of a class that training did not have is
-    labelled `UNKNOWN`. `note`: the figure's footer. Raises `SetupError` where the test set lacks known or
-    unknown images, or logits are not finite.
+    labelled `UNKNOWN`. `note`: the figure's footer, and `about` in the JSON. Raises `SetupError` where
+    the test set lacks known or unknown images, or logits are not finite.
     """
     (valid_MK, valid_labels_M), (logits_NK, labels_N) = valid, test
     known_N, right_N = labels_N != UNKNOWN, logits_NK.argmax(axis=1) == labels_N
@@ -198,7 +198,7 @@ def write_unknown(
         found[name]["refusal"] = refusal(of_valid[name], scores[name], right_N, known_N)
     valid_accuracy = accuracy(valid_MK.argmax(axis=1) == valid_labels_M)
     fallen = fall(logits_NK[known_N], labels_N[known_N], int((~known_N).sum()), valid_accuracy["accuracy"])
-    said = rounded({"valid": valid_accuracy, "fall": fallen, "scores": found})
+    said = rounded({"about": note, "valid": valid_accuracy, "fall": fallen, "scores": found})
     folder = Path(folder)
     write_csv(curves[["score", "threshold", "fpr", "tpr"]], folder / "unknown_roc.csv")
     save(unknown_figure(scores, known_N, curves, said["scores"], note), folder / "unknown.png")

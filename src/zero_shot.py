@@ -19,14 +19,15 @@ from src import SetupError
 from src.device import Device, choose_device
 from src.predict import autocast, image_bar
 
+MODEL, PRETRAINED = "ViT-B-32", "laion2b_s34b_b79k"
 IMAGE_SIZE, BATCH = 224, 64  # what the images that pass at once are reckoned from, on a GPU
 
 
 def zero_shot_logits(
     images_NHWC: np.ndarray,
     class_names: Sequence[str],
-    model: str = "ViT-B-32",
-    pretrained: str = "laion2b_s34b_b79k",
+    model: str = MODEL,
+    pretrained: str = PRETRAINED,
 ) -> np.ndarray:
     """uint8 images (N,H,W,3) and the names of K classes -> float32 logits (N,K) of a CLIP model.
 

@@ -318,8 +318,14 @@ def record(row: str, seed: int, accuracy: float = 0.5, **more: object) -> dict:
     line = {"row": row, "seed": seed, "holdout_loss": 1.0, "holdout_accuracy": accuracy, "holdout_ece": 0.1}
     line |= {"valid_loss": 1.0, "valid_accuracy": accuracy, "valid_ece": 0.1, "seconds": 60.0}
     line |= {"epochs": 9 if frozen else 2, "best_epoch": 1, "trainable_parameters": 10, "parameters": 100}
-    line |= {"gflops": 4.5, "after": "", "backbone": "some_net.in1k", "image_size": 64, "data": "made-up"}
-    line |= {"protocol": "holdout", "n_fit": 20_000, "hardware": "a CPU (2 CPU cores)"}
+    line |= {"gflops": 4.5, "after": "", "backbone": "some_net.in1k", "image_size": 64}
+    line |= {
+        "profile": "offline",
+        "data": "made-up",
+        "protocol": "holdout",
+        "n_fit": 20_000,
+        "hardware": "a CPU (2 CPU cores)",
+    }
     return line | {"git_commit": "abc", "config": "0123456789ab"} | more
 
 
@@ -336,7 +342,7 @@ def ran(monkeypatch) -> list[tuple[str, int]]:
 
     def pretend(job, _paths, _timed=False):
         jobs.append((job.row.name, job.seed))
-        return record(job.row.name, job.seed, config=job.key)
+        return record(job.row.name, job.seed, config=job.key, data="pets")
 
     monkeypatch.setattr(engine, "run_row", pretend)
     monkeypatch.setattr(engine, "write_summary", lambda study, folder: None)
@@ -411,6 +417,26 @@ def test_rows_that_could_not_be_compared_are_refused(ran, pets, weights, tmp_pat
     ):
         run_rows(tmp_path, pets, weights, "baseline", optim__head_lr=0.5)
     assert len(ran) == 4 and (tmp_path / "results" / "ablation" / "ablation.csv").read_bytes() == before
+
+
+@pytest.mark.parametrize(("column", "other"), [("profile", "full"), ("data", "wolves")])
+def test_rows_of_another_profile_or_of_other_data_are_never_thrown_away(
+    ran, pets, weights, tmp_path, column, other
+):
+    """Also where all of them are asked for anew."""
+    run_rows(tmp_path, pets, weights, "baseline")
+    path = tmp_path / "results" / "ablation" / "ablation.csv"
+    write_csv(read_table(ABLATION, path.parent).assign(**{column: other}), path, inert=False)
+    before = path.read_bytes()
+    with pytest.raises(SetupError, match=rf"ablation.csv holds rows of {column} '{other}'.*--results DIR"):
+        run_rows(tmp_path, pets, weights, "baseline")
+    assert len(ran) == 2 and path.read_bytes() == before
+
+
+def test_a_table_from_before_profiles_were_recorded_goes_on(ran, pets, weights, tmp_path):
+    first = run_rows(tmp_path, pets, weights, "baseline")
+    write_csv(first.drop(columns="profile"), tmp_path / "results/ablation/ablation.csv", inert=False)
+    assert len(run_rows(tmp_path, pets, weights, "baseline", FINE_TUNING)) == 4 and len(ran) == 4
 
 
 def test_other_images_are_another_ablation(ran, pets, weights, tmp_path):

@@ -137,13 +137,17 @@ def test_right_names_of_clip_of_the_network_and_of_both():
 def test_what_is_not_run_says_how_it_would_be(tmp_path):
     said = readme.family(ANIMALS40, tmp_path)
     for command in ("strangers", "zero_shot"):
-        assert f"not run: `python -m src.experiment {command} --preset animals40 --data DIR`" in said
+        assert (
+            f"not run: `python -m src.experiment {command} --preset animals40 --profile offline --data DIR`"
+            in said
+        )
     assert "src.experiment strangers" not in readme.family(STUDIES["dogs20"], tmp_path)
 
 
 def test_a_study_s_own_analyses_lie_in_its_folder(asked, tmp_path, monkeypatch):
     """One run of the study: its bars, its audit, its maps, its attributions; nothing in the main folders."""
-    main_folder, folder = tmp_path / "results", tmp_path / "results" / "studies" / "animals40"
+    main_folder = tmp_path / "results"
+    folder = main_folder / "studies" / "animals40" / "stand_in"
     drawn, written = [], []
     monkeypatch.setattr(figures, "class_counts", lambda counts_K, *_: drawn.append(counts_K) or Figure())
     monkeypatch.setattr(attributions, "write_attributions", lambda result, where: written.append(where))

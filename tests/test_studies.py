@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -129,6 +130,27 @@ def test_animals_are_the_same_whatever_the_order_of_rows(zoo):
     )
 
 
+def test_the_challenge_is_taken_whole_or_not_at_all():
+    """40 classes and 3,000 images without a label; those that are skipped as unreadable count."""
+    wnids = tuple(f"animal {k:02d}" for k in range(40))
+    store = made_store(wnids, train=100, valid=2)
+    test_N = np.zeros(len(store), bool)
+    test_N[np.flatnonzero(store.official_split_N == "train")[:3000]] = True
+    split_N = np.where(test_N, "test", store.official_split_N)
+    whole = replace(store, labels_N=np.where(test_N, -1, store.labels_N), official_split_N=split_N)
+    assert part_of(whole, "challenge40") is whole
+    split_N = split_N.copy()
+    split_N[np.flatnonzero(test_N)[0]] = ""
+    half = replace(whole, official_split_N=split_N)
+    with pytest.raises(SetupError, match=r"40 classes and 2,999 images right below test/.*40 and 3,000"):
+        part_of(half, "challenge40")
+    bad = half.manifest | {"bad_files": [{"image_id": "test/1.jpg"}]}
+    assert part_of(replace(half, manifest=bad), "challenge40").labels_N is half.labels_N
+    with pytest.raises(SetupError, match="3 classes .* preset `improvement`"):
+        part_of(made_store(OTHERS, 3, 1), "challenge40")
+    assert PRESETS["animals40"].data.classes == "challenge40"
+
+
 def test_rows_without_a_class_stay_without_one(zoo):
     labels_N = np.where(np.arange(len(zoo)) % 7 == 0, -1, zoo.labels_N)
     part = part_of(replace(zoo, labels_N=labels_N), "dogs6")
@@ -162,6 +184,21 @@ def trained(config: ModelConfig, k: int):
     return build_model(tiny_config, tuple(f"c{i}" for i in range(k)), 0).model
 
 
+def learning_of(config: ModelConfig, k: int) -> set[str]:
+    """What of the preset's own network learns: blocks of the backbone, layers of the head. No memory."""
+    tag = config.backbone.partition("@")[0]
+    with torch.device("meta"):
+        backbone = building._created(tag, config.drop_path)
+        backbone.reset_classifier(0)
+        map_shape = building._map_shape(backbone, tag, config.image_size)
+        model = building.Classifier(backbone, k, config, map_shape)
+    learns = [name for name, p in model.named_parameters() if p.requires_grad]
+    return {
+        re.match(r"backbone\.stages\.\d\.(blocks\.\d+|\w+)|backbone\.\w+|neck\.\d|[^.]+", name)[0]
+        for name in learns
+    }
+
+
 def test_animals_are_trained_as_the_report_says():
     config = PRESETS["animals40"]
     model = trained(config.model, 40)
@@ -176,6 +213,10 @@ def test_animals_are_trained_as_the_report_says():
         if name.startswith(("stem", "stages.0", "stages.1"))
     ]
     assert all(p.requires_grad for p in learns) and not any(p.requires_grad for p in frozen)
+    assert learning_of(config.model, 40) == {
+        *("backbone.stages.3.blocks.1", "backbone.stages.3.blocks.2"),
+        *("backbone.head", "neck.1", "neck.2", "classifier"),  # of the backbone's head, the last norm
+    }
     optimizer = build_optimizer(model, config.optim)
     assert type(optimizer) is torch.optim.AdamW
     assert {group["base_lr"] for group in optimizer.param_groups} == {1e-3}
@@ -184,6 +225,7 @@ def test_animals_are_trained_as_the_report_says():
     train = config.train
     assert (train.epochs, train.batch_size, train.monitor, train.patience) == (20, 32, "loss", 3)
     assert (config.augment.flip, config.augment.rotation, config.model.image_size) == (0.5, 30.0, 224)
+    assert config.augment.jitter == 0.2  # the report names no strength
     assert config.data.sampling == "balanced" and config.data.resize == "squash"
     # torchvision's ConvNeXt-Tiny with that head: 27.82 M of backbone, 0.41 M of head
     parameters, _ = cost(config.model, 40)
@@ -207,6 +249,11 @@ def test_dogs_are_trained_alike_and_without_augmentation():
         "classifier.bias",
     }
     assert cost(config.model, 20)[0] == 87_566_464 + 1024 * 20 + 20
+    optimizer = build_optimizer(model, config.optim)
+    assert type(optimizer) is torch.optim.AdamW
+    assert {group["base_lr"] for group in optimizer.param_groups} == {PRESETS["baseline"].optim.head_lr}
+    assert config.optim.schedule == "constant" and config.optim.label_smoothing == 0.0
+    assert (config.train.batch_size, config.model.image_size) == (32, 224)  # the study's steps are of 32
 
 
 def test_fine_grained_is_trained_as_the_paper_says():
@@ -224,7 +271,9 @@ def test_fine_grained_is_trained_as_the_paper_says():
     augment, train = config.augment, config.train
     assert (augment.flip, augment.rotation, augment.rotation_p) == (0.25, 15.0, 0.25)
     assert (augment.jitter, augment.hue) == (0.25, 0.05)
-    assert (train.epochs, train.batch_size) == (30, 128)
+    assert (train.epochs, train.batch_size, config.model.image_size) == (30, 128, 224)
+    assert config.optim.label_smoothing == config.optim.l2_sp == 0.0 and config.data.resize == "squash"
+    assert (augment.mixup, augment.cutmix, augment.erasing) == (0.0, 0.0, 0.0)
 
 
 # ------------------------------------------------------------------------------------------------- rows
@@ -356,14 +405,18 @@ def test_reported_numbers_are_the_documents():
 
 def test_what_is_not_measured_says_how_it_would_be(tmp_path):
     table = reported.beside_reported(STUDIES["dogs20"], tmp_path)
-    assert list(table["here"]) == ["not run"] * 3
-    assert table["run here on"].str.contains("--preset dogs20 --data DIR --rows").all()
+    own, stand_in = reported.HEADER[2:]
+    for column, profile in ((own, "full"), (stand_in, "offline")):
+        asked = f"not run: `python -m src.experiment ablation --preset dogs20 --profile {profile} --data DIR"
+        assert table[column].str.startswith(asked).all()
+    assert '--rows "ConvNeXt-Base"`' in table[own][0]
+    assert '--rows "EfficientNet-Lite2 (for ConvNeXt-Base)"`' in table[stand_in][0]
     assert "91.87 % [86.60, 95.19] of 160" in table["reported"].iloc[0]
     both = reported.beside_reported(STUDIES["animals40"], tmp_path)
     assert len(both) == 1 and "96.00 %" in both["reported"][0] and "59.10 %" in both["reported"][0]
 
 
-def test_a_measured_stand_in_is_named_as_such(tmp_path):
+def test_a_measured_stand_in_stands_beside_the_study_s_own_images(tmp_path):
     from test_ablation import record
 
     from src.studies.table import write_summary, write_table
@@ -372,18 +425,26 @@ def test_a_measured_stand_in_is_named_as_such(tmp_path):
     runs = pd.DataFrame(
         [record(name, seed, a, data="tiny-imagenet, a stand-in") for seed, a in ((0, 0.5), (1, 0.6))]
     )
-    folder = study.path(tmp_path)
+    own, folder = (study.path(tmp_path, is_stand_in) for is_stand_in in (False, True))
     folder.mkdir(parents=True)
     write_table(study, folder, runs)
     write_summary(study, folder)
     line = reported.beside_reported(study, tmp_path).iloc[0]
-    assert line["here"] == f"{name}: 55.00 ± 7.07 % (2 seeds), loss {runs['valid_loss'].mean():.4f}"
+    words = f"{name}: 55.00 ± 7.07 % (2 seeds), loss {runs['valid_loss'].mean():.4f}"
+    run_on = "; tiny-imagenet, a stand-in; `some_net.in1k`, 64 px, a CPU (2 CPU cores)"
+    assert line["here, on the stand-in"] == words + run_on
+    assert line["here"].startswith("not run: ") and "--profile full" in line["here"]
     assert line["reported"].endswith(" of 160, loss 0.3241, 340 ms a step")
-    assert "stand-in" in line["run here on"] and "some_net.in1k" in line["run here on"]
     assert reported.markdown(pd.DataFrame([line])).count("\n") == 2
     # One of the seeds was timed: in the file the other has an empty cell.
     write_table(study, folder, runs.assign(predict_ms=[np.nan, 41.6]))
-    assert reported.beside_reported(study, tmp_path).iloc[0]["here"] == f"{line['here']}, 42 ms a step"
+    timed = reported.beside_reported(study, tmp_path).iloc[0]["here, on the stand-in"]
+    assert timed == f"{words}, 42 ms a step{run_on}"
+    write_table(study, own, pd.DataFrame([record("ConvNeXt-Base", 0, 0.9, data="stanford-dogs")]))
+    write_summary(study, own)
+    both = reported.beside_reported(study, tmp_path).iloc[0]
+    assert both["here"].startswith("90.00 % (1 seeds), loss ") and "; stanford-dogs; " in both["here"]
+    assert both["here, on the stand-in"] == timed
 
 
 def test_the_comparison_is_a_file_too(tmp_path):

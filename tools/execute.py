@@ -11,6 +11,8 @@ import os
 import sys
 from pathlib import Path
 
+from src.folders import study_folder
+
 ROOT = Path(__file__).resolve().parent.parent
 # Notebooks by their short names: the file below notebook/, and the folder below the results.
 NOTEBOOKS = {
@@ -32,7 +34,8 @@ def execute(name: str, results: str, parameters: dict[str, object]) -> Path:
     import papermill
 
     source, folder = NOTEBOOKS[name]
-    copy = Path(results, folder, Path(source).name)
+    is_stand_in = folder.startswith("studies/") and parameters.get("profile") == "offline"
+    copy = Path(study_folder(Path(results, folder), is_stand_in), Path(source).name)
     (ROOT / copy).parent.mkdir(parents=True, exist_ok=True)
     os.chdir(ROOT)  # relative paths, in the copy's metadata too
     papermill.execute_notebook(

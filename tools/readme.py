@@ -59,9 +59,9 @@ def pretraining(root: Path) -> str:
     )
 
 
-def study(of: Study, root: Path) -> str:
+def study(of: Study, root: Path, is_stand_in: bool = False) -> str:
     """What all rows of a study share, then a line a row."""
-    folder = of.path(root / "results")
+    folder = of.path(root / "results", is_stand_in)
     if not (folder / "summary.csv").exists():
         return f"not run yet: `python -m src.experiment {of.name} --profile offline --data DIR`"
     table = markdown(read_summary(folder / "summary.csv"), ("row", "valid", "ECE", "difference", "verdict"))
@@ -71,13 +71,14 @@ def study(of: Study, root: Path) -> str:
 def family(of: Study, root: Path) -> str:
     """What a study reports beside what was measured here; below it all rows, where they have been run.
 
-    Then what was found of unknown classes, in the study that has them.
+    Then what was found of unknown classes, in the stand-in that has them.
     """
-    table = reported.markdown(reported.beside_reported(of, root / "results"))
-    measured = (of.path(root / "results") / "summary.csv").exists()
-    parts = [table, *([study(of, root)] if measured else [])]
+    parts = [reported.markdown(reported.beside_reported(of, root / "results"))]
+    for is_stand_in in (False, True):
+        if (of.path(root / "results", is_stand_in) / "summary.csv").exists():
+            parts.append(study(of, root, is_stand_in))
     if of is ANIMALS:  # whose test set has classes that training has not
-        parts.append(strangers.said(of.path(root / "results"), of.name))
+        parts.append(strangers.said(of.path(root / "results", is_stand_in=True), of.name))
     return "\n\n".join(parts)
 
 
@@ -189,7 +190,8 @@ def _row(metrics: dict) -> str:
 def main(root: Path | None = None) -> int:
     root = root or Path(__file__).resolve().parent.parent
     for of in STUDIES.values():
-        write_summary(of, of.path(root / "results"))
+        for is_stand_in in (False, True):
+            write_summary(of, of.path(root / "results", is_stand_in))
         if of.name in STUDY_ARMS:
             reported.write_beside_reported(of, root / "results")
     for page in PAGES:

@@ -19,6 +19,7 @@ TARGET_EVERY = 5  # classes: one is of the target, the others are of the source
 LARGEST = 20
 ANIMALS_END = "n0260"  # Tiny-ImageNet's 59 animals are the WordNet ids below it
 N_KNOWN = 40
+N_TEST = 3000  # unlabelled images of the animals' challenge
 TRAIN_IMAGES = (150, 250)  # of a class, as in the study of animals
 VALID_SHARE = 0.15
 DOGS = ("n02085620", "n02094433", "n02099601", "n02099712", "n02106662", "n02113799")
@@ -79,6 +80,19 @@ def dogs(store: Store) -> Store:
     return keep_classes(store, _numbers(store, DOGS), f"a stand-in of {len(DOGS)} breeds")
 
 
+def challenge(store: Store) -> Store:
+    """The whole store. Raises `SetupError` unless it is the animals' challenge, test images and all."""
+    bad = store.manifest.get("bad_files", [])
+    n_test = int((store.official_split_N == "test").sum()) + len(bad)
+    if len(store.wnids) != N_KNOWN or n_test < N_TEST:
+        raise SetupError(
+            f"{store.manifest['source']} has {len(store.wnids)} classes and {n_test:,} images right below "
+            f"test/; the animals' challenge has {N_KNOWN} and {N_TEST:,}. Unpack all of it. To train on "
+            "other images, take the preset `improvement`, or `--set data.classes=all`."
+        )
+    return store
+
+
 def look_alikes(store: Store) -> Store:
     """Classes of Tiny-ImageNet that look alike, for the study of fine-grained classes."""
     kept_K = _numbers(store, LOOK_ALIKES)
@@ -137,6 +151,7 @@ PARTS: dict[str, Callable[[Store], Store]] = {
     "all": lambda store: store,
     "source": transfer_part(target=False),
     "target": transfer_part(target=True),
+    "challenge40": challenge,
     "largest20": largest,
     "dogs6": dogs,
     "look_alikes": look_alikes,

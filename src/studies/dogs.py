@@ -36,4 +36,4 @@ def rows() -> tuple[Row, ...]:
     return (*found, Row("embedded backbone", ARM, profiles=("quick",)))
 
 
-DOGS = Study(ARM, "Twenty breeds of dogs", f"studies/{ARM}", rows(), {}, timed=True)
+DOGS = Study(ARM, "Breeds of dogs", f"studies/{ARM}", rows(), {}, timed=True)

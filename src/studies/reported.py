@@ -13,7 +13,7 @@ from src.studies.study import Study
 from src.studies.table import read_summary, read_table
 
 FILE = Path(__file__).resolve().parents[2] / "results" / "studies" / "reported.json"
-HEADER = ("row", "reported", "here", "run here on")
+HEADER = ("row", "reported", "here", "here, on the stand-in")
 NOT_RUN = "not run"
 
 
@@ -27,28 +27,35 @@ def write_beside_reported(study: Study, results: Path) -> pd.DataFrame:
 def beside_reported(study: Study, results: Path) -> pd.DataFrame:
     """A line for each row that the study reports, and the row measured under `results`.
 
-    Accuracies are words: those reported on n images with Wilson's interval, those measured as mean ± sd over
-    seeds; where the study reports loss and time a step (32 images), both have them. A row that has not been
-    run says with which command it would be.
+    Accuracies are words: those reported on n images with Wilson's interval, those measured, on the study's
+    own images and on its stand-in, as mean ± sd over seeds; where the study reports loss and time a step (32
+    images), all have them. What has not been run says with which command it would be.
     """
-    folder = study.path(results)
-    table = read_table(study, folder)
-    path = folder / "summary.csv"
-    summary = read_summary(path).set_index("row") if path.exists() else pd.DataFrame()
     by_row: dict[str, list[dict]] = {}
     for line in read_json(FILE)[study.name]["lines"]:
         by_row.setdefault(line["row"], []).append(line)
     lines = []
     for row, said in by_row.items():
-        here = next((name for name in (row, said[0].get("stand_in")) if name in summary.index), "")
-        measured, run_on = NOT_RUN, command(study, row)
-        if here:
-            runs = table[table["row"] == here]
-            measured = f"{here}: {words(summary.loc[here])}{loss_and_time(measured_as(said[0], runs))}"
-            run_on = where(runs.iloc[0])
         reported = "; ".join(f"{line['images']}: {in_words(line)}" for line in said)
-        lines.append(dict(zip(HEADER, (row, reported, measured, run_on), strict=True)))
+        stand_in = said[0].get("stand_in", row)
+        measured = (
+            measured_in(study, study.path(results, profile == "offline"), name, said[0])
+            or f"{NOT_RUN}: {command(study, name, profile)}"
+            for name, profile in ((row, "full"), (stand_in, "offline"))
+        )
+        lines.append(dict(zip(HEADER, (row, reported, *measured), strict=True)))
     return pd.DataFrame(lines)
+
+
+def measured_in(study: Study, folder: Path, row: str, said: Mapping[str, object]) -> str:
+    """What the study's results in `folder` have of a row, in words, and on what; empty if it has not run."""
+    path = folder / "summary.csv"
+    summary = read_summary(path).set_index("row") if path.exists() else pd.DataFrame()
+    if row not in summary.index:
+        return ""
+    runs = read_table(study, folder).query("row == @row")
+    name = f"{row}: " if row != said["row"] else ""
+    return f"{name}{words(summary.loc[row])}{loss_and_time(measured_as(said, runs))}; {where(runs.iloc[0])}"
 
 
 def in_words(line: dict) -> str:
@@ -86,9 +93,10 @@ def where(run: pd.Series) -> str:
     return f"{run['data']}; `{run['backbone']}`, {run['image_size']} px, {run['hardware']}"
 
 
-def command(study: Study, row: str) -> str:
-    """What runs the row on the study's own images."""
-    return f'`python -m src.experiment ablation --preset {study.name} --data DIR --rows "{row}"`'
+def command(study: Study, row: str, profile: str) -> str:
+    """What runs the row."""
+    asked = f"--preset {study.name} --profile {profile}"
+    return f'`python -m src.experiment ablation {asked} --data DIR --rows "{row}"`'
 
 
 def markdown(table: pd.DataFrame) -> str:

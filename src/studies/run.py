@@ -19,6 +19,7 @@ from pathlib import Path
 from statistics import median
 
 import numpy as np
+import pandas as pd
 from scipy.special import softmax
 from tqdm.auto import tqdm
 
@@ -80,12 +81,16 @@ def config_key(config: Config, fingerprint: str) -> str:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a study is run on: the profile, the data and what the command line overrides."""
+    """What a study is run on: the profile, the data and what the command line overrides.
+
+    `data` and `fingerprint`: the name of the data that were opened, and of their content.
+    """
 
     study: Study
     profile: str
     data_dir: str = ""
     overrides: dict[str, object] = field(default_factory=dict)
+    data: str = ""
     fingerprint: str = ""
 
     def config(self, row: Row, seed: int) -> Config:
@@ -116,19 +121,21 @@ def run_study(plan: Plan, paths: Paths, names: Sequence[str] = (), seeds: Sequen
 
     `names`: these rows alone (all by default). Returns the folder of the results. A row that cannot be run
     is passed over and named at the end. Raises `SetupError` for that, for a name that is no row's, and where
-    the folder holds other rows of another configuration or of other data.
+    the folder holds rows of another profile or of other data, or other rows of another configuration.
     """
     study = plan.study
     names = list(dict.fromkeys(names)) or [row.name for row in study.rows_of(plan.profile)]
     rows = [study.row(name) for name in names]
-    folder = study.path(paths.results)
+    first = plan.config(rows[0], seeds[0])
+    folder = study.path(paths.results, configs.is_stand_in(first))
     for needed in (folder, paths.runs, paths.cache):
         require_writable(needed)
-    plan = replace(plan, fingerprint=open_data(plan.config(rows[0], seeds[0]), paths).fingerprint)
+    store = open_data(first, paths)
+    plan = replace(plan, data=store.manifest["source"], fingerprint=store.fingerprint)
     work = replace(paths, runs=paths.runs / study.name, backup=None)  # its table is what goes on
     jobs = [plan.job(name, seed) for seed in seeds for name in names]
     with alone_in(work.runs):
-        refused = run_jobs(plan, missing_jobs(folder, jobs, plan), len(jobs), work)
+        refused = run_jobs(study, missing_jobs(folder, jobs, plan), len(jobs), folder, work)
         write_summary(study, folder)
         for job in jobs:  # also of rows that were done when a call before this one was cut off
             shutil.rmtree(job.paths(work).runs, ignore_errors=True)
@@ -144,6 +151,7 @@ def run_study(plan: Plan, paths: Paths, names: Sequence[str] = (), seeds: Sequen
 def missing_jobs(folder: Path, jobs: list[Job], plan: Plan) -> list[Job]:
     """The jobs that are not in the folder's table as they are asked for; stale lines of theirs go from it."""
     table, known = read_table(plan.study, folder), {row.name for row in plan.study.rows}
+    require_same_data(folder, table, plan)
     lines = [(line.row, line.seed, line.config) for line in table.itertuples() if line.row in known]
     done = {(name, seed) for name, seed, key in lines if plan.job(name, seed).key == key}
     wanted = {(job.row.name, job.seed) for job in jobs}
@@ -160,12 +168,21 @@ def missing_jobs(folder: Path, jobs: list[Job], plan: Plan) -> list[Job]:
     return [job for job in jobs if (job.row.name, job.seed) not in done]
 
 
-def run_jobs(plan: Plan, jobs: list[Job], n_rows: int, paths: Paths) -> dict[str, str]:
-    """Run the jobs, the last of `n_rows`; rows that cannot be run, with the reason.
+def require_same_data(folder: Path, table: pd.DataFrame, plan: Plan) -> None:
+    """Raise `SetupError` where the table is of another profile or of other data: it is somebody's work."""
+    for column, asked in (("profile", plan.profile), ("data", plan.data)):
+        if others := sorted(set(table.get(column, ())) - {asked}):
+            raise SetupError(
+                f"{folder / plan.study.name}.csv holds rows of {column} {others[0]!r}, not {asked!r}. They "
+                "stay as they are: pass another folder with --results DIR, or move the file away."
+            )
+
+
+def run_jobs(study: Study, jobs: list[Job], n_rows: int, folder: Path, paths: Paths) -> dict[str, str]:
+    """Run the jobs, the last of `n_rows`, into the folder's table; rows that cannot be run, with the reason.
 
     Raises `SetupError` where two rows give the same reason: then it is no row's own.
     """
-    study, folder = plan.study, plan.study.path(paths.results)
     refused: dict[str, str] = {}
     with tqdm(total=n_rows, initial=n_rows - len(jobs), desc=study.name, unit="row") as bar:
         for i, job in enumerate(jobs):
@@ -208,7 +225,8 @@ def run_row(job: Job, paths: Paths, timed: bool = False) -> dict:
             for key in ("epochs", "best_epoch", "trainable_parameters", "parameters", "gflops")
         },
         "after": "; ".join(step["step"] for step in facts["after"] if step["kept"]),
-        **{key: facts[key] for key in ("backbone", "image_size", "data", "protocol", "n_fit", "hardware")},
+        **{key: facts[key] for key in ("backbone", "image_size", "profile", "data", "protocol", "n_fit")},
+        "hardware": facts["hardware"],
         "git_commit": facts["git_commit"],
         "config": job.key,
     }

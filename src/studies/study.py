@@ -7,6 +7,7 @@ from pathlib import Path
 
 from src import SetupError
 from src.config import Config, get
+from src.folders import study_folder
 
 SEEDS = (0, 1, 2)
 
@@ -66,6 +67,6 @@ class Study:
         """The rows that can be run in `profile`."""
         return [row for row in self.rows if not row.profiles or profile in row.profiles]
 
-    def path(self, results: Path) -> Path:
+    def path(self, results: Path, is_stand_in: bool = False) -> Path:
         """The folder of its results."""
-        return results / self.folder
+        return study_folder(results / self.folder, is_stand_in)

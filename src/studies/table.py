@@ -34,7 +34,7 @@ def read_table(study: Study, folder: Path) -> pd.DataFrame:
     """The study's CSV in `folder`, or an empty table."""
     path = folder / f"{study.name}.csv"
     if not path.exists():
-        return pd.DataFrame(columns=["row", "seed", "config"])
+        return pd.DataFrame(columns=["row", "seed", "profile", "data", "config"])
     try:
         names = dict.fromkeys(("config", "git_commit"), str)  # hexadecimal, and some look like numbers
         return pd.read_csv(path, keep_default_na=False, dtype=names)

@@ -58,8 +58,8 @@ def run_transfer(plan: Plan, paths: Paths, names: Sequence[str], seeds: Sequence
     A pretraining that is finished is not repeated.
     """
     changes = {**SOURCE, **plan.overrides, "data.classes": "source"}
-    folder, runs = TRANSFER.path(paths.results), paths.runs / "transfer40-source"
-    work = replace(paths, results=folder, runs=runs, backup=None)
+    runs = paths.runs / "transfer40-source"
+    work = replace(paths, results=TRANSFER.path(paths.results), runs=runs, backup=None)
     source = run(configure("pretrain", plan.profile, plan.data_dir, changes), work)
     weights, _ = export(source, source.setup.run_folder / "weights")
     start = {"model.backbone": tag_of(weights), "model.weights": str(weights)}
