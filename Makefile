@@ -69,7 +69,7 @@ slow: $(READY)  ## Run the slow tests (real data where TINY_IMAGENET_DIR names i
 torture: $(READY)  ## Try every fault in full and print what survived (an hour; ARGS= goes to pytest)
 	@$(PY) -m tools.torture $(ARGS)
 
-mutants: $(READY)  ## Break the code, a line at a time: a test must fail each time (minutes; ARGS= goes on)
+mutants: $(READY)  ## Break the code in one place after another: a test must fail each time (minutes; ARGS= goes on)
 	@$(PY) -m tools.mutants $(ARGS)
 
 bench: $(READY)  ## Time the conventional way against this one (quiet machine, an hour; ARGS= goes on)

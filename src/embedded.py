@@ -33,7 +33,7 @@ tests show transfer learning with a ConvNeXt where no hub can be reached.
   {recipe}.
 - **Accuracy:** {accuracy:.2%} of `valid` (n = {n:,}, 95 % interval {wilson_low:.2%} to {wilson_high:.2%}) and
   {holdout_accuracy:.2%} of `holdout` (n = {n_holdout:,}), which chose epoch {best_epoch}; before the weights
-  were halved. From `results/Pretrain/metrics.json`, beside the curve and every answer.
+  were rounded to half precision. From `results/Pretrain/metrics.json`, beside the curve and every answer.
 - **Made by** `python -m src.experiment pretrain {options}`, then the same
   with `export --preset pretrain`: commit `{git_commit}`, {minutes:.0f} minutes on {hardware}.
 - **Meant for** demonstration and tests. Weights from ImageNet transfer far better; take those for real work.

@@ -381,6 +381,8 @@ def test_costs_are_counted_and_stand_beside_those_reported():
         2 * 192 * 192 * 56 * 56 / 1e9, abs=0.02
     )
     assert plain.loc[300, "parameters_m"] == gated.loc[300, "reported_parameters_m"] == 196.881
+    committed = pd.read_csv(reported.FILE.with_name("fine_grained") / "costs.csv")
+    pd.testing.assert_frame_equal(committed, table.reset_index()[list(committed.columns)])
 
 
 def test_a_row_that_computes_too_much_is_refused():

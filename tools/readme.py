@@ -12,11 +12,15 @@ import sys
 from functools import partial
 from pathlib import Path
 
+import pandas as pd
+
 from bench.tables import growth, hotspots, speed, steps
 from src import strangers
-from src.config import STUDY_ARMS
+from src.config import STUDY_ARMS, preset
 from src.evaluate import wilson
-from src.studies import ABLATION, ANIMALS, STUDIES, TRANSFER, reported
+from src.files import write_csv
+from src.studies import ABLATION, ANIMALS, FINE_GRAINED, STUDIES, TRANSFER, reported
+from src.studies.fine_grained import costs
 from src.studies.study import Study
 from src.studies.table import about, markdown, read_summary, read_table, write_summary
 from tools import torture
@@ -26,6 +30,7 @@ HEADER = (
     "| arm | accuracy, 95 % interval | backbone and weights | resolution | data, protocol | epochs "
     "| hardware, time |\n| --- | --- | --- | --- | --- | --- | --- |"
 )
+COSTS = "costs.csv"  # of the study of fine-grained classes
 PLACES = ("within_train", "within_valid", "between")
 TRAINED = {
     "none": "frozen",
@@ -71,7 +76,7 @@ def study(of: Study, root: Path, is_stand_in: bool = False) -> str:
 def family(of: Study, root: Path) -> str:
     """What a study reports beside what was measured here; below it all rows, where they have been run.
 
-    Then what was found of unknown classes, in the stand-in that has them.
+    Then what was found of unknown classes, in the stand-in that has them, or what SCRA costs.
     """
     parts = [reported.markdown(reported.beside_reported(of, root / "results"))]
     for is_stand_in in (False, True):
@@ -79,6 +84,8 @@ def family(of: Study, root: Path) -> str:
             parts.append(study(of, root, is_stand_in))
     if of is ANIMALS:  # whose test set has classes that training has not
         parts.append(strangers.said(of.path(root / "results", is_stand_in=True), of.name))
+    if (table := of.path(root / "results") / COSTS).exists():
+        parts.append(reported.markdown(pd.read_csv(table, dtype=str)))
     return "\n\n".join(parts)
 
 
@@ -194,6 +201,8 @@ def main(root: Path | None = None) -> int:
             write_summary(of, of.path(root / "results", is_stand_in))
         if of.name in STUDY_ARMS:
             reported.write_beside_reported(of, root / "results")
+        if of is FINE_GRAINED:
+            write_csv(costs(preset(of.name, "full")), of.path(root / "results") / COSTS)
     for page in PAGES:
         path = root / page
         path.write_text(rewritten(path.read_text(encoding="utf-8"), root, page), encoding="utf-8")

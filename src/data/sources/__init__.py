@@ -101,8 +101,9 @@ def open_source(config: DataConfig, cache_dir: Path) -> Source:
         return _open_fetched(fetch(config.source, Path(cache_dir)))
     if not config.path:
         raise SetupError(
-            "data.source = 'local' needs a directory: pass `--data DIR` or set the environment variable "
-            f"TINY_IMAGENET_DIR; or let `--set data.source=NAME` fetch one of: {', '.join(ARCHIVES)}."
+            "data.source = 'local' needs a directory: pass `--data DIR`, or for Tiny-ImageNet set the "
+            "environment variable TINY_IMAGENET_DIR; or let `--set data.source=NAME` fetch one of: "
+            f"{', '.join(ARCHIVES)}."
         )
     return open_local(Path(config.path).expanduser())
 
