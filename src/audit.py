@@ -181,10 +181,10 @@ def count_copies(table: pd.DataFrame) -> dict:
     return counts
 
 
-def copied_from_train(table: pd.DataFrame) -> pd.DataFrame:
-    """The rows of a `duplicate_table` that are images of valid with a copy in train."""
+def copied_from_train(table: pd.DataFrame, split: str = "valid") -> pd.DataFrame:
+    """The rows of a `duplicate_table` that are images of the split with a copy in train."""
     with_train = table.loc[table["split"] == "train", "group"]
-    return table[table["group"].isin(with_train) & (table["split"] == "valid")]
+    return table[table["group"].isin(with_train) & (table["split"] == split)]
 
 
 # Classes and pixels --------------------------------------------------------------------------------
@@ -352,6 +352,10 @@ def measure(
     """Every number of `audit.json`, as plain Python values."""
     copied = {kind: copied_from_train(table) for kind, table in tables.items()}
     copied["either"] = pd.concat(copied.values()).drop_duplicates("row")
+    tested = {}
+    if "test" in store.official_split_N:
+        rows = pd.concat(copied_from_train(table, "test") for table in tables.values())["row"]
+        tested["test_copied_from_train"] = rows.nunique()
     counts = balance.drop(columns=["wnid", "name"])
     splits = {name: np.flatnonzero(store.official_split_N == name) for name in ("train", "valid")}
     return {
@@ -359,6 +363,7 @@ def measure(
         "copies": {kind: count_copies(table) for kind, table in tables.items()},
         "near_if": {"distance_at_most": MAX_DISTANCE, "correlation_at_least": MIN_CORRELATION},
         "valid_copied_from_train": {kind: len(rows) for kind, rows in copied.items()},
+        **tested,
         "balance": counts.agg(["sum", "min", "max"]).to_dict(),
         "pixels": {name: pixel_statistics(store.images, rows_M) for name, rows_M in splits.items()},
         "pretraining": None if logits_NK is None else pretraining(store, logits_NK, copied["either"]),
@@ -382,9 +387,11 @@ def arms_without(results: Path, image_ids: pd.Series) -> dict:
 def copies_in_words(found: dict) -> str:
     """What `audit.json` says of copies."""
     exact, near, both = (*found["copies"].values(), found["valid_copied_from_train"]["either"])
+    tested = found.get("test_copied_from_train")
+    also = "" if tested is None else f", and {tested} of `test`"
     return (
         f"of {found['n']:,} images {exact['images']} have a twin with the same pixels, {near['images']} more "
-        f"a near copy; {both} images of `valid` are in train, too"
+        f"a near copy; {both} images of `valid` are in train, too{also}"
     )
 
 

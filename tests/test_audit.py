@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -247,6 +248,20 @@ def test_copies_are_counted_by_place_and_label(store):
     }  # fmt: skip
     assert audit.copied_from_train(tables(store)["exact"])["row"].tolist() == [7]
     assert audit.copied_from_train(tables(store)["near"])["row"].tolist() == [8]
+
+
+def test_test_images_that_train_has_are_counted_each_once(store):
+    """Row 7 is pixel for pixel row 0, row 8 nearly row 4; here both are test images, 8 without a label."""
+    split_N = store.official_split_N.astype("<U5")
+    split_N[[7, 8]] = "test"
+    labels_N = np.where(np.arange(len(store)) == 8, -1, store.labels_N)
+    tested = replace(store, official_split_N=split_N, labels_N=labels_N)
+    balance = audit.class_balance(tested, make_splits(tested, DataConfig(protocol="published")))
+    found = audit.measure(tested, tables(tested), balance, None, Path("nowhere"))
+    assert found["test_copied_from_train"] == 2 and found["valid_copied_from_train"]["either"] == 0
+    assert audit.copies_in_words(found).endswith("0 images of `valid` are in train, too, and 2 of `test`")
+    both = {kind: tables(tested)["exact"] for kind in ("exact", "near")}  # the same image in both tables
+    assert audit.measure(tested, both, balance, None, Path("nowhere"))["test_copied_from_train"] == 1
 
 
 def test_no_copies_are_no_trouble(tmp_path):
