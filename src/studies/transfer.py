@@ -19,8 +19,8 @@ from src.folders import Paths
 from src.studies.run import Plan, run_study
 from src.studies.study import Row, Study
 
-# Images a class to train on (0: all), and the improvement's epochs: fewer images, more epochs. None of them is
-# cut short: five epochs without a better one, the preset's patience, are soon found on 1,000 held-out images.
+# Images a class to train on (0: all), and the improvement's epochs: fewer images, more epochs. None of them
+# is cut short: five epochs without a better one, the preset's patience, soon happen on 1,000 held-out images.
 EPOCHS = {10: 60, 50: 30, 0: 8}
 # Of the pretraining, on four fifths of the images: what two CPU cores do in an hour.
 SOURCE = {"data.classes": "source", "train.epochs": 12}
