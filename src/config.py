@@ -530,8 +530,8 @@ PRESETS = {config.arm: config for config in ARMS}
 STUDY_ARMS = tuple(config.arm for config in (ANIMALS40, DOGS20, FINE_GRAINED))
 STAND_INS = ("animals40", "dogs6", "look_alikes")  # of those studies: parts of Tiny-ImageNet
 
-# A profile changes sources, sizes and lengths, not the method (the exceptions say why). The learning rate goes
-# with the backbone: EfficientNet's batch-normalised layers want a larger one than ConvNeXt's.
+# A profile changes sources, sizes and lengths, not the method (the exceptions say why). The learning rate
+# goes with the backbone: EfficientNet's batch-normalised layers want a larger one than ConvNeXt's.
 _LITE0 = {
     "model.backbone": "tf_efficientnet_lite0.in1k",
     "model.weights": "package",
