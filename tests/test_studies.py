@@ -445,7 +445,7 @@ def test_a_measured_stand_in_stands_beside_the_study_s_own_images(tmp_path):
     write_table(study, own, pd.DataFrame([record("ConvNeXt-Base", 0, 0.9, data="stanford-dogs")]))
     write_summary(study, own)
     both = reported.beside_reported(study, tmp_path).iloc[0]
-    assert both["here"].startswith("90.00 % (1 seeds), loss ") and "; stanford-dogs; " in both["here"]
+    assert both["here"].startswith("90.00 % (1 seed), loss ") and "; stanford-dogs; " in both["here"]
     assert both["here, on the stand-in"] == timed
 
 

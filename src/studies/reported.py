@@ -85,7 +85,8 @@ def measured_as(said: Mapping[str, object], runs: pd.DataFrame) -> dict[str, flo
 def words(line: pd.Series) -> str:
     """Mean and spread over seeds of a summary's line, in percent."""
     spread = "" if pd.isna(line["valid_sd"]) else f" ± {100 * line['valid_sd']:.2f}"
-    return f"{100 * line['valid_mean']:.2f}{spread} % ({int(line['seeds'])} seeds)"
+    n = int(line["seeds"])
+    return f"{100 * line['valid_mean']:.2f}{spread} % ({n} seed{'s' if n > 1 else ''})"
 
 
 def where(run: pd.Series) -> str:
