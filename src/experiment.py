@@ -435,7 +435,7 @@ def class_counts_of(setup: Setup) -> Figure:
     known_N = np.isin(store.official_split_N, ("train", "valid")) & (store.labels_N >= 0)
     counts_K = np.bincount(store.labels_N[known_N], minlength=len(store.wnids))
     about = {"data": store.manifest["source"], "protocol": config.data.protocol}
-    return class_counts(counts_K, store.class_names, config.arm.capitalize(), footer(about))
+    return class_counts(counts_K, store.class_names, config.arm.replace("_", " ").capitalize(), footer(about))
 
 
 def configure(

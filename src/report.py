@@ -61,7 +61,7 @@ def write_arm(
     write_csv(table, path("per_class_accuracy.csv"))
     counted = pd.DataFrame(counts_KK, names, names).rename_axis("truth")
     write_csv(counted, path("confusion_matrix.csv"), index=True)
-    title = prefix.capitalize()
+    title = prefix.replace("_", " ").capitalize()
     figures = {
         "training_curve": training_curve(history, metadata, note, title),
         "8_correct_8_wrong": right_and_wrong(frame, images, note, title),

@@ -129,7 +129,7 @@ def findings(numbers: dict) -> str:
     for arm, measured in of_arms.items():
         for kind, what in (("grad_cam", "that Grad-CAM marks"), ("attention_map", "with most attention")):
             if m := measured.get(kind):
-                lines.append(worth_of_marked(m, arm.capitalize(), share, what))
+                lines.append(worth_of_marked(m, arm.replace("_", " ").capitalize(), share, what))
         if m := measured.get("attention"):
             lines.append(
                 f"Switching the attention off (gate {listed(m['gates'])} to 0) changes "
