@@ -26,7 +26,7 @@ COLUMNS = {
     "difference": "---:",
     "verdict": "---",
 }
-# Of rows that leave an ingredient out, the verdict on the ingredient.
+# Of rows that leave an ingredient out ("without" is in their names), the verdict on the ingredient.
 WITHOUT = {"helps": "better without it", "hurts": "worse without it"}
 
 
@@ -200,7 +200,7 @@ def markdown(summary: pd.DataFrame, columns: Sequence[str] = tuple(COLUMNS)) -> 
             "seeds": str(line.seeds),
             "against": line.against,
             "difference": difference,
-            "verdict": WITHOUT.get(line.verdict, line.verdict) if ", without " in line.row else line.verdict,
+            "verdict": WITHOUT.get(line.verdict, line.verdict) if "without " in line.row else line.verdict,
         }
         lines.append([cells[column] for column in columns])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
