@@ -54,7 +54,8 @@ def ensemble_of(configs: Sequence[Config], seeds: Sequence[int], paths: Paths) -
         for seed in seeds
     }
     runs = {name: finished_run(config, paths) for name, config in members.items()}
-    folder = paths.results_of(replace(configs[0], arm="_".join(config.arm for config in configs))) / ENSEMBLE
+    together = paths.results / "_".join(config.arm for config in configs).capitalize()
+    folder = (paths.results_of(configs[0]) if len(configs) == 1 else together) / ENSEMBLE
     require_writable(folder)
     setup = require_same_images(members, paths)
     logits = {
